@@ -1,6 +1,7 @@
 """Check whether this machine can run the quick start: `python examples/check_machine.py FOLDER`. Exits with 1 if not.
 
-Prints what the run will use: versions, processors, memory, and the free space of the disk that FOLDER is on."""
+Prints what the run will use: versions, processors, memory, and the free space of the disk that FOLDER is on.
+"""
 
 from __future__ import annotations
 

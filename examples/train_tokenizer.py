@@ -4,7 +4,8 @@
 
 For toys only. The recipe's vocabulary has 50,368 entries; three million tokens of text see most of them a handful of
 times, and a model of a few million weights would spend all of them on that table. `ettin prepare --tokenizer DIR` takes
-any such folder; without it, the recipe's tokenizer is used."""
+any such folder; without it, the recipe's tokenizer is used.
+"""
 
 from __future__ import annotations
 

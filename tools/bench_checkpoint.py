@@ -7,7 +7,8 @@ fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in changin
 `wait` is how long `Saver.begin` blocks training, `steps after` is how much longer the four steps took than four without
 a save (writing takes CPU time too, which shows with two threads). Verifying is the sha256 of every file, alone and
 concurrently with the load, which is into the same layout. Files are in the page cache, as right after a save, or come
-from the disk where the table says so."""
+from the disk where the table says so.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ of many checkpoints: seconds and peak memory of whole commands.
 
 Each command is a process of its own, and they take turns; figures are medians. Every command ends with its output on
 the disk: ours force it there themselves, the tool does it after `save_pretrained`. Memory is the largest resident set
-(ru_maxrss), with pages of mapped files included on both sides. Weights are seeded random numbers in float32."""
+(ru_maxrss), with pages of mapped files included on both sides. Weights are seeded random numbers in float32.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ The text is the docstrings of the installed packages (examples/docstrings.py). m
 of its own (it pins transformers < 5 and numpy < 2.2); without one its lines are left out.
 
     python tools/bench_data.py --streaming-python /path/to/its/bin/python
-    python tools/bench_data.py --only prepare"""
+    python tools/bench_data.py --only prepare
+"""
 
 from __future__ import annotations
 

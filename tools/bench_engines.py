@@ -3,7 +3,8 @@
   python tools/bench_engines.py --data DATASET [--ranks 2] [--rounds 3] [--steps 6] [--out docs/benchmarks/engines.md]
       [-- key=value ...]
 
-Sides take turns. A run's figure is the median of its steps without the first two, a side's the median of its runs."""
+Sides take turns. A run's figure is the median of its steps without the first two, a side's the median of its runs.
+"""
 
 from __future__ import annotations
 

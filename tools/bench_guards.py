@@ -4,7 +4,8 @@
 
 `judged`: loss and gradient norm are judged before the update, with a full window of 128 steps. `replicas`: the hashes
 of all weights that ranks compare (`resilience.check_replicas_every`), without the exchange of one number per weight.
-`recheck`: two more forward passes (`resilience.recheck`). A turn is one step of each side, in changing order."""
+`recheck`: two more forward passes (`resilience.recheck`). A turn is one step of each side, in changing order.
+"""
 
 from __future__ import annotations
 

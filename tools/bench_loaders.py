@@ -4,7 +4,8 @@ Part of tools/bench_data.py. Each runs in a process of its own on the same rows 
 
 10**6 rows are real random tokens. Beyond that the corpus is sparse (tools/fake_corpora.py): an index of the full size,
 tokens only in the first rows, which are all that a start-up reads. GPTDataset reads every document's length to build
-its indices, so it gets an index without holes."""
+its indices, so it gets an index without holes.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
   python tools/bench_optim.py [--size 17m] [--device cpu] [--rounds 9] [--out docs/benchmarks/optim.md]
 
-fp32 weights, one process. Sides take turns within one process; the figure is the median round."""
+fp32 weights, one process. Sides take turns within one process; the figure is the median round.
+"""
 
 from __future__ import annotations
 

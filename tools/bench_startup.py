@@ -3,7 +3,8 @@
   python tools/bench_startup.py [--repeats 5] [--out docs/benchmarks/startup.md]
 
 Each is a process of its own; figures are medians of `repeats`. Heavy libraries are imported where they are needed: a
-command that answers from the configuration alone must not wait for torch."""
+command that answers from the configuration alone must not wait for torch.
+"""
 
 from __future__ import annotations
 

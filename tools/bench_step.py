@@ -5,7 +5,8 @@
 17m shape, fp32, rows of one chunk of 1,024 tokens (so that `transformers`, which ignores boundaries within a row, does
 the same attention), dropout 0 (`transformers` cannot express ours). `fused`: runtime.compile=always. Each side runs in
 a process of its own, and sides take turns for `rounds` rounds. tokens/s is the median step, peak memory the process's
-largest resident set."""
+largest resident set.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ that names the damage.
 
 `run` continues where its log ends; a round is a function of seed and number. The exit status is 1 if anything went
 wrong silently: a difference, damage, a torn checkpoint. Faults that this host cannot make are listed in lines that
-begin with `left out`."""
+begin with `left out`.
+"""
 
 from __future__ import annotations
 

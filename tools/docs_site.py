@@ -1,7 +1,8 @@
 """Hooks of mkdocs: pages are written to be read in the repository, where links lead out of docs/ too.
 
 CONTRIBUTING, SECURITY and CHANGELOG become pages of the site. Links to other files of the repository, which the site
-does not have, become their names. A link to a file that does not exist is left as it is, for --strict to find."""
+does not have, become their names. A link to a file that does not exist is left as it is, for --strict to find.
+"""
 
 from __future__ import annotations
 

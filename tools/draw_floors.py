@@ -3,7 +3,8 @@
     python tools/draw_floors.py            write them
     python tools/draw_floors.py --check    exit with 1 where the page is not what the code says
 
-Both follow from the code: imports are read from the syntax trees, sentences from the docstrings of the types."""
+Both follow from the code: imports are read from the syntax trees, sentences from the docstrings of the types.
+"""
 
 from __future__ import annotations
 

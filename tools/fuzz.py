@@ -5,7 +5,8 @@
 Each reader works in a process of its own with 1 GiB of memory above what it starts with. A failure is any error but
 UserError, an input that takes more than five seconds, a dead process, or code that a file made run (os.system, a class
 outside of a reader's list); its files are left in --out with the error. An input is a function of reader, seed and
-number: `--reader idx --seed 1 --first 4711 --runs 1` makes one again. Exit status 1 on a failure."""
+number: `--reader idx --seed 1 --first 4711 --runs 1` makes one again. Exit status 1 on a failure.
+"""
 
 from __future__ import annotations
 

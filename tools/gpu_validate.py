@@ -14,7 +14,8 @@
 
 DATASET is `ettin prepare`d with packing indices of all --seq-lens. Each section is a process of its own and ends within
 --minutes. The same command continues with what is missing and keeps what passed. On a host without a GPU, `--device
-cpu` runs what it can. Overrides after `--` go to every run."""
+cpu` runs what it can. Overrides after `--` go to every run.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Plan the rows of a sparse dataset (tools/fake_corpora.py) with log-normal chunk lengths, for tools/bench_data.py to
 measure its memory.
 
-    python tools/plan_rows.py FOLDER CHUNKS"""
+    python tools/plan_rows.py FOLDER CHUNKS
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@
 files and the order tables. It leaves out files that hold a time, a save's id or names of keys (OTHER_EACH_TIME).
 
 `run --resume-from BEFORE` also resumes from the other checkout's checkpoints, under the layout of the next case, so
-that old checkpoints are known to load. Both folders must be made on one host, because other CPUs round differently."""
+that old checkpoints are known to load. Both folders must be made on one host, because other CPUs round differently.
+"""
 
 from __future__ import annotations
 

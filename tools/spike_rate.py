@@ -4,7 +4,8 @@
 
 Synthetic norms: independent noise, and noise on a slow drift. A RUN's own norms are judged as they are and, to have
 more of them, resampled: its distances from the running median, drawn with replacement. The first steps of a run are
-judged by half a window."""
+judged by half a window.
+"""
 
 from __future__ import annotations
 

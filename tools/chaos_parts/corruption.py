@@ -3,7 +3,8 @@
 A byte of a file chosen by file type (so that small files come up as often as large ones) gets another value. `ettin
 inspect PATH --verify` must end with 2 and name the file, or the one that records what it should be. What it lets pass
 must be the same to every reader: JSON and YAML of equal content. For `latest` a run must still find a whole checkpoint.
-Files are restored afterwards. An attempt is a function of seed and number, and the report names both."""
+Files are restored afterwards. An attempt is a function of seed and number, and the report names both.
+"""
 
 from __future__ import annotations
 

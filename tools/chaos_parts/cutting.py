@@ -2,7 +2,8 @@
 
 Each time a whole checkpoint must be found, `latest` must never name a torn one, and what follows must work and leave
 nothing behind. A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a power failure, which
-loses what was not forced to the disk (`lost`)."""
+loses what was not forced to the disk (`lost`).
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
 def boundaries(calls: list[Call], way: str) -> list[int]:
     """Return the numbers of the calls to cut.
 
-    Of many consecutive writes to one file, which differ in its length only, the first and the last."""
+    Of many consecutive writes to one file, which differ in its length only, the first and the last.
+    """
 
     def is_inner(at: int) -> bool:
         return calls[at].name == "write" and calls[at - 1 : at + 2].count(calls[at]) == 3
@@ -151,7 +153,8 @@ def cases_of_publish(work: Path, mutation: str | None) -> Iterator[Case]:
 class CutRuns:
     """A run of one rank that resumes at step 4, trains to 7, and is cut in its saves of steps 6 and 7.
 
-    After them the checkpoint of step 2 is deleted. The run must then continue to the same end as one without cuts."""
+    After them the checkpoint of step 2 is deleted. The run must then continue to the same end as one without cuts.
+    """
 
     def __init__(self, work: Path, mutation: str | None) -> None:
         self.work, self.mutation, self.corpus, self.zygote = work, mutation, corpus_in(work), Zygote()

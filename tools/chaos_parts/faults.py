@@ -1,7 +1,8 @@
 """Faults of a round.
 
 Each prepares the round, returns the actions of a disturbed launch, and may act between launches. Times are steps of the
-run plus seconds, so that a seed means the same on a slow host."""
+run plus seconds, so that a seed means the same on a slow host.
+"""
 
 from __future__ import annotations
 

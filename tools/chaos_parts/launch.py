@@ -1,6 +1,7 @@
 """One launch of a run: ranks as real processes, and actions at times that follow the run's own progress.
 
-When a rank has failed, the others get some seconds and are then killed, as a launcher does."""
+When a rank has failed, the others get some seconds and are then killed, as a launcher does.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Action:
 class RankHost:
     """The host side of ranks: how they start.
 
-    `mutation`: a name of tests/mutations.py; `networks`: each rank's namespace and address; `clock`: (rank, file)."""
+    `mutation`: a name of tests/mutations.py; `networks`: each rank's namespace and address; `clock`: (rank, file).
+    """
 
     zygote: Zygote
     ranks: int
@@ -99,7 +101,8 @@ class Launch:
     def finish(self, actions: list[Action], limit_seconds: float) -> tuple[list[int], list[str], bool]:
         """Wait for all ranks; return their statuses, the faults, and whether the tool had to kill them.
 
-        It kills them `limit_seconds` after the start or the last action."""
+        It kills them `limit_seconds` after the start or the last action.
+        """
         done, failed_at, too_long, last = [], None, False, self.began
         while None in (statuses := self.statuses()):
             now, steps = time.monotonic(), self.steps()

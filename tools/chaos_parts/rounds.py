@@ -102,7 +102,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 class Chaos:
     """Runs of one session: the process that ranks are forked from, the undisturbed runs, the available faults.
 
-    A context manager. `mutation` applies to all ranks but those of undisturbed runs."""
+    A context manager. `mutation` applies to all ranks but those of undisturbed runs.
+    """
 
     def __init__(
         self, work: Path, ranks: int, fault_names: Sequence[str], layouts: Sequence[str], mutation: str | None = None

@@ -2,7 +2,8 @@
 
 `strace --inject` counts the calls of each thread separately, but several threads write a checkpoint: here one count
 covers all of them, by ptrace. A write can be cut in its middle too, and what was written but not forced to the disk be
-lost, as in a power failure. Linux on x86-64."""
+lost, as in a power failure. Linux on x86-64.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ class Call:
 class Cut:
     """Kill `pid` at call `number` under `folder` (0: at none).
 
-    `torn`: half of a write is done first. `calls`: the calls so far, the last of them being the one cut."""
+    `torn`: half of a write is done first. `calls`: the calls so far, the last of them being the one cut.
+    """
 
     pid: int
     folder: Path

@@ -2,7 +2,8 @@
 
 So a launch of four ranks costs no imports. `Zygote` is the tool's side; run as a script, this is the process itself.
 Requests and answers are JSON lines on its standard input and output. It is the parent of every rank, and ranks end
-when it ends."""
+when it ends.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def be_rank(request: dict[str, Any]) -> None:
     """Run `ettin ...` as one rank.
 
     `namespace`: the name of its network; `clock`: a file with the seconds that its clock is to be wrong by;
-    `save_marker`: as in `wait_before_save`."""
+    `save_marker`: as in `wait_before_save`.
+    """
     status = 1
     try:
         os.setsid()

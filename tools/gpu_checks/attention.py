@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpu_checks.session import DoesNotRun, Session, median_seconds
+from gpu_checks.session import DoesNotRunError, Session, median_seconds
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.packed import PackedRows, pack_rows
@@ -60,7 +60,7 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
                 seconds = time(attention, causal, train_state.config, session, length)
                 roles[role][f"seconds_{length}"] = seconds
     except UserError as error:
-        raise DoesNotRun(str(error)) from None
+        raise DoesNotRunError(str(error)) from None
     finally:
         if train_state is not None:
             train_state.close()

@@ -1,6 +1,7 @@
 """The same rows through `transformers`' ModernBERT, compiled, with torch's fused AdamW, as a user would write it.
 
-It takes turns with `ettin train` in one section, so that both run under the same conditions."""
+It takes turns with `ettin train` in one section, so that both run under the same conditions.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def item(session: Session, size: str, objective: str) -> dict[str, Any]:
 def transformers_speed(config: Config, device: str) -> tuple[float, str]:
     """Return (non-padding tokens per second, attention) of `transformers` on the run's rows.
 
-    It attends to whole rows, because it ignores chunk boundaries."""
+    It attends to whole rows, because it ignores chunk boundaries.
+    """
     batches = host_batches(config)
     model, attention = build(config, device, batches.corpus.pad_id)
     compiled = torch.compile(model)

@@ -1,6 +1,7 @@
 """Measure this device's rates at the shapes of a model's layer: copies, products, FP8 linears, element-wise work.
 
-They are the ceilings that roofline.py divides by, so they are measured, not taken from a data sheet."""
+They are the ceilings that roofline.py divides by, so they are measured, not taken from a data sheet.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpu_checks.session import DoesNotRun, Session, median_seconds
+from gpu_checks.session import DoesNotRunError, Session, median_seconds
 
 FP8 = {"fp8-delayed": "DelayedScaling", "fp8-current": "Float8CurrentScaling", "fp8-blockwise": "Float8BlockScaling"}
 
@@ -81,13 +82,13 @@ def products(session: Session, size: str) -> dict[str, Any]:
 def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
     """Return TFLOP/s of Transformer Engine's linear, forward and backward, and its error against float64."""
     if session.device == "cpu":
-        raise DoesNotRun("Transformer Engine's linears need a GPU")
+        raise DoesNotRunError("Transformer Engine's linears need a GPU")
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
     recipe_name = FP8.get(precision)
     if recipe_name is not None and not hasattr(recipe, recipe_name):
-        raise DoesNotRun(f"this Transformer Engine has no {recipe_name}")
+        raise DoesNotRunError(f"this Transformer Engine has no {recipe_name}")
     scaling = getattr(recipe, recipe_name)() if recipe_name is not None else None
     tokens, total, seconds, errors = session.tokens_a_step, 0, 0.0, []
     for inputs, outputs in shapes(session, size).values():

@@ -1,6 +1,7 @@
 """Account for a step's time: the least that each part could take by this device's rates, against the measured step.
 
-The rest is launches, waiting, and work that these parts do not count."""
+The rest is launches, waiting, and work that these parts do not count.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import functools
 from typing import Any
 
 from gpu_checks.runs import FP8, OBJECTIVES
-from gpu_checks.session import DoesNotRun, Session
+from gpu_checks.session import DoesNotRunError, Session
 from megatron_ettin.config.flops import global_layers
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import layer_parameter_count, parameter_count
@@ -75,10 +76,10 @@ def floor(config: Any, tokens: int, linears: float, products: float, copy: float
 
 
 def look_up(results: dict[str, Any], section: str, name: str) -> dict[str, Any]:
-    """Return a result of another section. Raises DoesNotRun if there is none."""
+    """Return a result of another section. Raises DoesNotRunError if there is none."""
     result = results.get(section, {}).get(name)
     if result is None or result["state"] != "passed":
-        raise DoesNotRun(f"wants {section}: {name}")
+        raise DoesNotRunError(f"wants {section}: {name}")
     return result
 
 
@@ -87,5 +88,5 @@ def fastest(results: dict[str, Any], size: str, objective: str, length: int) -> 
     role = "decoder, global" if objective == "clm" else "encoder, global"
     ran = [one for name, one in results.items() if name.startswith(f"{size} ") and one["state"] == "passed"]
     if not ran:
-        raise DoesNotRun(f"wants attention: {size}")
+        raise DoesNotRunError(f"wants attention: {size}")
     return min(ran, key=lambda one: one["roles"][role][f"seconds_{length}"])

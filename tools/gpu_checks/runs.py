@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from gpu_checks.session import DoesNotRun, Session
+from gpu_checks.session import DoesNotRunError, Session
 
 FP8 = ("fp8-current", "fp8-delayed", "fp8-blockwise")
 # relative difference from bf16 of the mean loss of a run's last tenth
@@ -19,10 +19,10 @@ OBJECTIVES = ("mlm", "clm")
 
 
 def ettin(*arguments: str) -> str:
-    """Return a command's output. Raises DoesNotRun with its one line if it refuses, RuntimeError if it fails."""
+    """Return a command's output. Raises DoesNotRunError with its one line if it refuses, RuntimeError if it fails."""
     done = subprocess.run([sys.executable, "-m", "megatron_ettin", *arguments], capture_output=True, text=True)
     if done.returncode == 2:
-        raise DoesNotRun(done.stderr.strip().splitlines()[-1].partition(": ")[2])
+        raise DoesNotRunError(done.stderr.strip().splitlines()[-1].partition(": ")[2])
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip() or str(done.returncode))[-2000:])
     return done.stdout
@@ -33,7 +33,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train in `work/name` and return the metrics: one micro-batch per step, at a rate that learns immediately.
 
-    An existing folder is continued."""
+    An existing folder is continued.
+    """
     length = length or session.lengths[0]
     rows = rows or max(1, session.tokens_a_step // length)
     folder, tokens = session.work / name, session.tokens_a_step

@@ -13,7 +13,7 @@ from typing import Any
 PASSED, FAILED, ABSENT = "passed", "failed", "does not run"
 
 
-class DoesNotRun(Exception):
+class DoesNotRunError(Exception):
     """This host lacks the hardware or a package for an item; the message says which."""
 
 
@@ -71,8 +71,9 @@ class Session:
     def run(self, section: str, items: dict[str, Callable[[], dict[str, Any]]]) -> None:
         """Check every item that is not done, while time is left.
 
-        An item returns its figures with `says`, one line for people, and `passed`. It raises DoesNotRun if it cannot
-        run here; any other error is its failure."""
+        An item returns its figures with `says`, one line for people, and `passed`. It raises DoesNotRunError if it
+        cannot run here; any other error is its failure.
+        """
         for name, item in items.items():
             if self.results.has(section, name):
                 continue
@@ -83,7 +84,7 @@ class Session:
             try:
                 figures = item()
                 result = {"state": PASSED if figures.pop("passed", True) else FAILED, **figures}
-            except DoesNotRun as reason:
+            except DoesNotRunError as reason:
                 result = {"state": ABSENT, "says": str(reason)}
             except Exception as error:
                 says = (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -3,7 +3,8 @@
 A pool of processes takes lines of JSON in groups of 32, tokenizes document by document with the Hugging Face tokenizer
 and appends the end token. The parent adds them to megatron-core's IndexedDatasetBuilder in order.
 
-    python tools/peers/megatron_preprocess.py text.jsonl TOKENIZER_DIR OUT_PREFIX WORKERS"""
+    python tools/peers/megatron_preprocess.py text.jsonl TOKENIZER_DIR OUT_PREFIX WORKERS
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Measure one loader in a process of its own: seconds from its first import to its first row, rows per second in
 training order after that, and peak memory. Prints one JSON object.
 
-    python tools/peers/rows.py ettin|gpt|streaming FOLDER ROWS READ"""
+    python tools/peers/rows.py ettin|gpt|streaming FOLDER ROWS READ
+"""
 
 from __future__ import annotations
 

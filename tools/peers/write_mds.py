@@ -1,6 +1,7 @@
 """Write the rows of a Megatron .bin as MDS shards with mosaicml-streaming, in an environment that has it.
 
-python tools/peers/write_mds.py shard_00000.bin OUT ROWS"""
+python tools/peers/write_mds.py shard_00000.bin OUT ROWS
+"""
 
 from __future__ import annotations
 
