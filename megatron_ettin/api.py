@@ -32,9 +32,9 @@ __all__ = ["Checkpoint", "Model", "UserError", "build_model", "compare", "config
 __all__ += ["iterate_rows", "load_checkpoint", "load_dataset", "order", "plan", "run_step", "to_hf", "train"]
 
 AnyPath = str | PathLike[str]
-# rows that are looked up together
+# number of rows that `iterate_rows` looks up at a time
 ROWS_AT_ONCE = 64
-# names of former versions -> where they are now
+# name of a former version -> where the object is now
 _RENAMED = {
     "Evaluated": ("megatron_ettin.evaluate.evaluation", "EvalResult"),
     "Measured": ("megatron_ettin.evaluate.evaluation", "EvalMetrics"),
@@ -43,7 +43,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what a name of a former version is called now, with a DeprecationWarning."""
+    """Return the object that a name of a former version stands for, and warn with a DeprecationWarning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, new = _RENAMED[name]
@@ -110,10 +110,10 @@ def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> It
     Args:
         config: the run.
         first: index of the first row, from 0.
-        count: number of rows; None: without end, or to the end of a recorded order (`data.order`).
+        count: number of rows; None yields rows without end, or up to the end of a recorded order (`data.order`).
 
     Yields:
-        Rows with `tokens` [n], at most `data.seq_len` token ids, and `lengths`, the tokens of each chunk in them.
+        Rows. `tokens` [n] has at most `data.seq_len` token ids; `lengths` has the number of tokens of each chunk.
 
     Raises:
         UserError: for data that is missing, damaged or made for another vocabulary.
@@ -163,11 +163,11 @@ class Checkpoint:
     """Number of tokens trained on."""
 
     def names(self, optimizer: bool = False) -> list[str]:
-        """Return the names of the model's tensors, with `optimizer` those of the optimizer's state too."""
+        """Return the names of the model's tensors and, if `optimizer` is set, of the optimizer's state."""
         return [name for name in self._reader.keys() if optimizer or not name.startswith("optimizer.")]  # noqa: SIM118
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor to host memory, unsharded and in the type it is stored in."""
+        """Read one tensor into host memory, unsharded and in its stored type."""
         tensor: torch.Tensor = self._reader.read(name)
         return tensor
 
@@ -186,7 +186,7 @@ def load_checkpoint(path: AnyPath, verify: bool = True) -> Checkpoint:
         verify: check the sha256 of every file first.
 
     Returns:
-        The checkpoint; tensors are read when `read` is called.
+        The checkpoint. A tensor is read only when `read` is called.
 
     Raises:
         UserError: where there is no checkpoint, or a damaged one.
@@ -261,9 +261,9 @@ def evaluate(
     Args:
         checkpoint: a checkpoint, a run (its latest checkpoint) or a Hugging Face folder.
         data: a dataset's folder, or a mapping from names to folders.
-        rows: read at most this many rows, divided among the sources; None: all.
-        objective: `mlm`, `clm` or `mntp`: how rows are read; None: as the model was trained.
-        seq_len: tokens of a row; None: as the model was trained.
+        rows: largest number of rows to read, divided among the sources; None reads all.
+        objective: `mlm`, `clm` or `mntp`; None takes the objective that the model was trained with.
+        seq_len: tokens of a row; None takes the length that the model was trained with.
 
     Returns:
         Loss, accuracy and counts, in total and in `sources` by name.
@@ -337,7 +337,7 @@ def plan(config: Config, gpus: int, gpu: str = "h100", chunk_tokens: float | Non
         config: the run; its layout is searched, everything else is kept.
         gpus: number of GPUs.
         gpu: `h100`, `h200`, `b200`, `a100`, `l40s`, ...
-        chunk_tokens: mean number of tokens of a document in a row; None: the recipe's.
+        chunk_tokens: mean number of tokens of a chunk; None takes the recipe's.
 
     Returns:
         The valid layouts, fastest first.

@@ -5,8 +5,8 @@ one processor busy for longer than a load takes. Blocks are hashed in as many th
 shared over ranks, and show where a file has changed. hashlib releases the interpreter's lock and then queues for it
 again, so reads are large: a hashing thread then rarely waits for a thread that runs Python.
 
-A shard's sha256 stands in the manifest and decides. Short digests of each of its MiB stand in a sidecar (19 bytes a
-MiB), which is read only when the sha256 is wrong, to show where the damage is.
+The manifest holds the sha256 of a shard, which decides whether the shard is intact. A sidecar file holds a short digest
+of each MiB (19 bytes a MiB). It is read only when the sha256 is wrong, to show where the damage is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of a file, and the digest they had when they were written."""
+    """A range of bytes of a file, and the digest that they had when they were written."""
 
     name: str
     first: int
@@ -49,7 +49,7 @@ class Block:
 
     @property
     def prefix(self) -> str:
-        """Return the byte range for the beginning of a message; empty for a whole file."""
+        """Return the text that begins a message with the byte range; empty if the block is the whole file."""
         return "" if self.is_whole else f"bytes {self.first:,} to {self.first + self.size - 1:,}: "
 
 
@@ -99,12 +99,12 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], backgr
     """Apply a function to each item in threads and return the results in order.
 
     Args:
-        function: releases the interpreter's lock for most of its time.
-        items: its arguments.
-        background: whether something else is waited for meanwhile, which then gets the processors first.
+        function: a function that runs mostly without the interpreter's lock.
+        items: the arguments, one for each call.
+        background: whether the threads get a lower priority, because the caller has other work to do meanwhile.
 
     Raises:
-        Whatever the first failing item raised; items not begun are left out.
+        The error of the first item that failed. Items that have not begun by then are not computed.
     """
     threads = min(THREADS, os.cpu_count() or 1) if background else THREADS
     pool = ThreadPoolExecutor(threads, "sha256", initializer=_lower_priority if background else None)
@@ -115,7 +115,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], backgr
 
 
 def _lower_priority() -> None:
-    """Lower this thread's priority. Elsewhere than on Linux it would be the whole process's."""
+    """Lower this thread's priority on Linux. Other systems would lower the priority of the whole process."""
     if sys.platform == "linux":
         # a sandbox may not allow it
         with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def _lower_priority() -> None:
 
 
 SHARD_BLOCK_BYTES = 1 << 20
-# a block's digest has to tell damage from none, not to withstand an attack
+# short, because the digest of a block has to detect damage and not to withstand an attack
 DIGEST_BYTES = 8
 
 
@@ -168,7 +168,7 @@ def read_checksums(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def damaged_ranges(expected: tuple[str, ...], actual: FileDigest) -> Iterator[tuple[int, int]]:
-    """Yield the [first, end) bytes of each run of changed blocks; bytes that should not be there count."""
+    """Yield the [first, end) bytes of each run of changed blocks; surplus bytes at the end of the file count too."""
     wrong = [i for i, digest in enumerate(actual.blocks) if i >= len(expected) or digest != expected[i]]
     while wrong:
         run = 1

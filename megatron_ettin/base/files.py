@@ -34,7 +34,7 @@ def atomic_path(path: Path, durable: bool = True, per_process: bool = False) -> 
     Args:
         path: the file to write.
         durable: whether to force the content, and then the new name, to the disk.
-        per_process: whether several processes may write the same file at a time.
+        per_process: whether several processes may write the same file at the same time.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}" if per_process else f".tmp-{path.name}")
     try:
@@ -51,13 +51,16 @@ def atomic_path(path: Path, durable: bool = True, per_process: bool = False) -> 
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True, per_process: bool = False) -> None:
-    """Replace a file's content: a reader, or a crash, finds the old or the new one. Arguments as in `atomic_path`."""
+    """Replace a file's content so that a reader finds the old or the new one, even after a crash.
+
+    The arguments are those of `atomic_path`.
+    """
     with atomic_path(path, durable, per_process) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file by the content as indented JSON; several processes may do so at a time."""
+    """Replace a file by the content as indented JSON; several processes may do so at the same time."""
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", per_process=True)
 
 
@@ -65,10 +68,10 @@ def publish_folder(staging: Path, final: Path, aside: Path | None = None) -> Non
     """Rename a finished folder to its final name, and force the name to the disk.
 
     Args:
-        staging: the folder, whose content is on the disk.
-        final: its name to be; without `aside` nothing, or an empty folder, may be there.
-        aside: where a folder that has the name is moved first. It is removed last, so that one of the two is whole at
-            any instant.
+        staging: the finished folder, whose content has been forced to the disk.
+        final: the new path. Without `aside` it must not exist, or be an empty folder.
+        aside: path to which an existing folder at `final` is moved first. That folder is removed last, so that one of
+            the two is whole at any instant.
     """
     if aside is not None and final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -87,7 +90,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     building = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
     try:
-        # mkdtemp makes it private, and other users read it too
+        # mkdtemp makes a private folder, but other users may read the finished one
         building.chmod(0o777 & ~current_umask())
         yield building
         fsync(building)
@@ -98,7 +101,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def current_umask() -> int:
-    """Return the umask of this process; it has to be set to be read."""
+    """Return the umask of this process. The system has no call that reads it without setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -112,11 +115,12 @@ def try_lock(handle: int) -> str | None:
     """Lock an open file or folder for this process alone, without waiting.
 
     Returns:
-        None, or why nothing is locked: a file system may have no locks (Lustre without `-o flock`, other mounts), which
-        is no sign of another process. Whoever asks goes on, and says once that nothing keeps a second one out.
+        None if the lock is held, else the reason why the file system cannot lock (Lustre without `-o flock`, and other
+        mounts). That reason is no sign of another process: a caller continues, and warns once that a second process is
+        not kept out.
 
     Raises:
-        LockHeldError: another process has it.
+        LockHeldError: another process has the lock.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +133,7 @@ def try_lock(handle: int) -> str | None:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[bool]:
-    """Hold a lock file, waiting for it. Yields whether it is held: a file system may have no locks."""
+    """Wait for a lock file and hold it. Yield False where the file system has no locks, else True."""
     with open(path, "a") as stream:
         held = False
         with contextlib.suppress(OSError):

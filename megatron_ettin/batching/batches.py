@@ -46,7 +46,7 @@ class MicroBatch:
 
 @dataclass
 class Batches:
-    """Micro-batches of any step on this rank's device; workers can make those of consecutive steps ahead."""
+    """Micro-batches of any step on this rank's device. Worker processes can prefetch those of consecutive steps."""
 
     config: Config
     """Configuration of the run."""
@@ -74,11 +74,11 @@ class Batches:
 
     @contextlib.contextmanager
     def prefetched(self, first_step: int, end_step: int | None) -> Iterator[None]:
-        """Have the workers of `data.workers` make the batches of consecutive steps ahead.
+        """Prefetch the micro-batches of consecutive steps in `data.workers` worker processes.
 
         Args:
-            first_step: the step, from 0, that is trained first.
-            end_step: the step after the last one; None where it is not known.
+            first_step: the first step to train, counted from 0.
+            end_step: the step after the last one; None if it is not known.
         """
         data, is_gpu = self.config.data, self.device.type != "cpu"
         workers = worker_count(data.workers, is_gpu)
@@ -91,9 +91,10 @@ class Batches:
                 self._loaded = None
 
     def step(self, step: int) -> Iterator[MicroBatch]:
-        """Return an iterator over this rank's micro-batches of `step`, in order; it is read to its end.
+        """Return an iterator over this rank's micro-batches of `step`, in order. The caller must read it to its end.
 
-        They come from the workers where these come to this step next, else they are made here.
+        The micro-batches come from the workers if `step` is the next one that they deliver; otherwise this process
+        makes them.
         """
         key, count = step_key(self.config.run.seed, self.config.run.phase, step), self.host.count(step)
         if self._loaded is not None and step == self._next_step:

@@ -2,9 +2,9 @@
 
 It is a pure function of (configuration, data, step, index) and imports neither torch nor Megatron, so that a loader's
 worker process starts at once. Each data-parallel rank and each pipeline stage makes its own, without communication.
-Rows are spread evenly over ranks and micro-batches (config/layouts.py); a slot that is left over is an empty row: all
-padding, no labels, not counted. Packed rows have `row_tokens` positions each. Rows of padded batching are laid end to
-end, and only the padding at the micro-batch's end is computed for nothing.
+Rows are spread evenly over ranks and micro-batches (config/layouts.py). A slot without a row gets an empty row, which
+has padding and no labels and is not counted. Packed rows have `row_tokens` positions each. Rows of padded batching are
+laid end to end, so the only padding is at the end of the micro-batch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from megatron_ettin.parallel.env import Topology
 def token_multiple(config: Config, topology: Topology) -> int:
     """Return the number that the tokens of a row on the device must be a multiple of.
 
-    Every parallel axis then divides them, and the slice of each rank consists of whole blocks of the precision's
-    quantisation.
+    Every parallel axis divides such a number of tokens, and the slice of each rank consists of whole quantisation
+    blocks of the precision.
     """
     precision = PRECISIONS[config.precision.name].multiple
     blocks = 16 if precision == 1 else math.lcm(16, precision) * topology.tp
@@ -65,13 +65,13 @@ class HostBatch:
     """Number of attended (query, key) pairs of one global and of one local layer."""
 
     def pin_memory(self) -> HostBatch:
-        """Return the same in page-locked memory; the thread of torch's DataLoader that pins calls it."""
+        """Return a copy in page-locked memory. The pinning thread of torch's DataLoader calls this method."""
         return dataclasses.replace(pin_arrays(self), boundaries=pin_arrays(self.boundaries))
 
 
 @dataclass(frozen=True)
 class HostBatches:
-    """Maker of the micro-batches of any step for one rank. Pickles small: it travels to worker processes."""
+    """Maker of the micro-batches of any step for one rank. Its pickle is small, for the worker processes."""
 
     corpus: BlendedDataset
     """Rows of the run."""
@@ -94,13 +94,13 @@ class HostBatches:
     context: tuple[int, int] = (0, 1)
     """Rank and degree of context parallelism."""
     group: int = 1
-    """Number of which a rank's micro-batches are a multiple."""
+    """The number of micro-batches of a rank is a multiple of this."""
     fixed: bool = False
     """True if micro-batches have exactly `micro_batch_rows` rows, empty ones included, in every step."""
     flat_multiple: int = 0
-    """Lay rows end to end and pad to a multiple of so many tokens; 0: each row gets `row_tokens` positions."""
+    """Lay rows end to end and pad to a multiple of this many tokens; 0 gives each row `row_tokens` positions."""
     equal_lengths: bool = False
-    """True if all micro-batches of a step have equally many tokens, as pipeline stages need."""
+    """True if all micro-batches of a step have the same number of tokens, which pipeline stages need."""
 
     @classmethod
     def of(
@@ -127,11 +127,11 @@ class HostBatches:
         )
 
     def split(self, rows: int) -> RowSplit:
-        """Return how so many rows are shared out over ranks and micro-batches."""
+        """Return how `rows` rows are divided over ranks and micro-batches."""
         return RowSplit.of(rows, self.dp, self.micro_batch_rows, self.group, self.fixed)
 
     def count(self, step: int) -> int:
-        """Return the number of micro-batches a rank runs at `step`: whole groups of pipeline ranks if interleaved."""
+        """Return the number of micro-batches that a rank runs at `step`, always a multiple of `group`."""
         return self.split(self.sizes.size_at(step)).count
 
     def make(self, step: int, index: int) -> HostBatch:
@@ -153,7 +153,7 @@ class HostBatches:
         return self.lay_out(rows, range(len(rows)), len(rows) if causal else 0, min_tokens)
 
     def longest(self, split: RowSplit, indices: Iterable[int], first: int = 0) -> int:
-        """Return the real tokens of the longest of these micro-batches of this rank."""
+        """Return the largest number of tokens without padding in one of this rank's micro-batches `indices`."""
         longest = 0
         for index in indices:
             order_indices = self.corpus.order_indices([first + slot for slot in split.slots(self.dp_rank, index)])
@@ -164,7 +164,7 @@ class HostBatches:
         """Return the slots of this rank's micro-batch `index` and their rows, None for an empty slot.
 
         Args:
-            split: how the step's rows are shared out.
+            split: division of the step's rows over ranks and micro-batches.
             index: number of the micro-batch within the step.
             first: row index of the step's first row.
 
@@ -195,13 +195,13 @@ class HostBatches:
     def lay_out(
         self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, min_tokens: int = 0
     ) -> HostBatch:
-        """Label rows and lay them out.
+        """Mask and label rows, and lay them out in the arrays of one micro-batch.
 
         Args:
-            rows: the rows; None is an empty one.
+            rows: the rows; None stands for an empty one.
             slots: slot of each row within the step.
-            causal_slots: the slots below are causal.
-            min_tokens: tokens, padding included, that rows laid end to end have at least.
+            causal_slots: number of causal slots, which come first in the step.
+            min_tokens: least number of tokens, padding included, of rows that are laid end to end.
         """
         lengths: list[list[int]] = [row.lengths.tolist() if row is not None else [] for row in rows]
         causal_rows = sum(slot < causal_slots for slot in slots)
@@ -243,7 +243,7 @@ class HostBatches:
         )
 
     def _check(self, row: Row) -> None:
-        """Raise RankError where a row shows damage. A GPU stops without a message at an id that has no embedding."""
+        """Raise RankError if a row is damaged, because a GPU stops without a message at an id without embedding."""
         largest, smallest = (int(row.tokens.max()), int(row.tokens.min())) if len(row.tokens) else (0, -1)
         if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or smallest < 0:
             raise RankError(

@@ -1,6 +1,6 @@
-"""Keep results of benchmarks as JSON lines: append them as they come, read them back to resume, and compare two files.
+"""Store benchmark results as JSON lines: append each result, read them back to resume, and compare two files.
 
-Also the combinations of --layouts, --precision and --sweep that a benchmark runs through.
+The module also makes the combinations of --layouts, --precision and --sweep that a benchmark measures.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from megatron_ettin.config.overrides import Member, members
 BEGAN, DONE, INVALID, NO_MEMORY = "began", "done", "invalid", "out of memory"
 STOPPED, FAILED = "stopped", "failed"
 STATES = (BEGAN, DONE, INVALID, NO_MEMORY, STOPPED, FAILED)
-# keys that two results of one measurement share
+# keys that identify a measurement: two results of one measurement agree in them
 IDENTITY_KEYS = (
     *("size", "objective", "phase", "words", "gpus", "device"),
     *("config", "data", "chunk_tokens", "micro_batches", "quick"),
 )
-# relative; smaller differences are never reported
+# relative noise that is always assumed; smaller differences are never reported
 LEAST_NOISE = 0.02
 
 
 def identity_key(row: dict[str, Any]) -> str:
-    """Return the text that two results of one measurement share."""
+    """Return the text that identifies the measurement of a result."""
     return json.dumps([row.get(name) for name in IDENTITY_KEYS])
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the last state of every measurement, in order. Raises UserError for a file that holds something else."""
+    """Read the last state of every measurement, in the order of the file.
+
+    Raises:
+        UserError: a line is not a result.
+    """
     if not path.is_file():
         return {}
     rows: dict[str, dict[str, Any]] = {}
@@ -78,11 +82,11 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, Any]:
-    """Return the state that an error leaves a measurement in.
+    """Return the state of a measurement that ended with an error.
 
     Args:
         error: the error.
-        no_memory: what torch raises on a full device; a full host has other ways to report it.
+        no_memory: type of the error that torch raises when the device is full. A full host raises other errors.
     """
     reason = first_line(error)[:200]
     if isinstance(error, (no_memory, MemoryError)) or "can't allocate memory" in str(error):
@@ -93,7 +97,7 @@ def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, A
 
 
 def should_measure(last: dict[str, Any] | None, is_only: bool) -> bool:
-    """Return whether a combination of that last state is measured (again); an invalid one only if nothing else is."""
+    """Return whether to measure a combination, given its last state; an invalid one only if it is the only one."""
     return last is None or last["state"] == STOPPED or (is_only and last["state"] == INVALID)
 
 
@@ -116,7 +120,7 @@ def shared_overrides(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def noise(row: dict[str, Any]) -> float:
-    """Return half of the relative difference between the slowest and the fastest step."""
+    """Return half of the relative difference between the slowest and the fastest step, at least `LEAST_NOISE`."""
     slowest, fastest = row["tokens_per_second_range"]
     return max(LEAST_NOISE, float(fastest - slowest) / 2 / float(row["tokens_per_second"]))
 
@@ -125,7 +129,8 @@ def compare(old: Path, new: Path) -> list[dict[str, Any]]:
     """Compare every measurement that both files have.
 
     Returns:
-        for each: `ratio` of tokens per second, and whether it `moved` beyond the noise of both.
+        An object for each with `name`, `ratio` (new tokens per second to old), `noise` (of both) and `moved` (whether
+        the ratio differs from 1 by more than the noise).
 
     Raises:
         UserError: the files have none in common.
@@ -158,7 +163,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as a table, the fastest first and those that did not run, with their reasons, last."""
+    """Return the results as a table, fastest first. Those that did not run come last, with the reason."""
     common = shared_overrides(rows)
     width = max(len(name_of(row, common)) for row in rows)
     lines = [f"{'':{width}}  tokens/s/GPU  slowest - fastest  TFLOP/s    MFU     GiB"]
@@ -176,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def detail_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what MFU is relative to, and where the step of the fastest measurement spends its time."""
+    """Return lines about the fastest measurement: peak of its MFU, parts of a step, communication and memory."""
     done = [row for row in rows if row["state"] == DONE]
     if not done:
         return []
@@ -219,7 +224,13 @@ def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[s
 
 
 def layout_values(text: str) -> list[dict[str, str]]:
-    """Parse `dp,tp2,tp2pp2` to the overrides of each; an axis that one names is set in all. Raises UserError."""
+    """Parse layouts such as `dp,tp2,tp2pp2` and return the overrides of each.
+
+    An axis that any of them names is set in all.
+
+    Raises:
+        UserError: a name is not a layout, or two layouts are the same.
+    """
     parsed = [_degrees(name.strip()) for name in text.split(",")]
     axes = [axis for axis in AXES if any(axis in degrees for degrees in parsed)] or ["tp"]
     has_sequence_parallel = any("sp" in degrees for degrees in parsed)

@@ -1,6 +1,6 @@
-"""Generate rows for a benchmark without a dataset, and measure how long any rows' chunks are.
+"""Generate random rows for a benchmark without a dataset, and measure the chunks of a dataset's rows.
 
-The chunks' lengths are those of documents: rows are full, or under padded batching have one chunk each.
+Lengths of chunks are distributed as those of documents. A row is full, or has one chunk under padded batching.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_ettin.data.blended_dataset import Row
 
 # standard deviation of the logarithm of a document's length
 SPREAD = 1.0
-# ids of special tokens
+# number of ids, from 0, that are special tokens
 SPECIALS = 5
 SAMPLED_ROWS = 64
 
@@ -49,15 +49,15 @@ class SyntheticRows:
         return np.array([len(self.row(int(index)).tokens) for index in order_indices], np.int64)
 
     def order_indices(self, row_indices: Sequence[int]) -> np.ndarray:
-        """Return the rows' order indices, [rows]: none is left out."""
+        """Return the order index [rows] of each row, which equals its row index because no row is skipped."""
         return np.asarray(row_indices, np.int64)
 
     def order_span(self, first: int, end: int) -> tuple[int, int]:
-        """Return the rows' span in the order: the same."""
+        """Return the span [first, end) unchanged, because no row is skipped."""
         return first, end
 
     def rows(self, order_indices: Sequence[int]) -> list[Row]:
-        """Return some rows."""
+        """Return the rows with these order indices."""
         return [self.row(int(index)) for index in order_indices]
 
     def row(self, order_index: int) -> Row:
@@ -74,6 +74,9 @@ class SyntheticRows:
 
 
 def attended_chunk_tokens(dataset: Any) -> float:
-    """Return the length of equal chunks in which a token attends to as many others as in the dataset's first rows."""
+    """Return the token-weighted mean length of the chunks in the dataset's first rows.
+
+    Chunks of this length have as many (query, key) pairs per token as the chunks of those rows.
+    """
     lengths = np.concatenate([row.lengths for row in dataset.rows(range(SAMPLED_ROWS))]).astype(float)
     return float((lengths**2).sum() / lengths.sum())
