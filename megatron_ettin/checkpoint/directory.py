@@ -1,8 +1,8 @@
 """Name, publish, prune and find checkpoints on disk.
 
-checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json), renamed, and only
-then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. A reader never needs to
-know where a writer stopped. What a killed writer left is removed when the run is next started, or at the next save.
+checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json) and renamed. Only
+then the file `latest` names it. So a kill at any instant leaves the previous checkpoint named and whole, and a reader never
+needs to know where a writer stopped. The next start or the next save removes what a killed writer left.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 
 LATEST = "latest"
 _STAGING = ".tmp-"
-# a checkpoint of the same step that is being saved again
+# prefix of an older checkpoint of a step while a new one of the same step replaces it
 _REPLACED = ".tmp-replaced-"
 _PRUNED = ".tmp-pruned-"
 _STEP = re.compile(r"step_(\d{9,})")
@@ -59,13 +59,13 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a checkpoint folder is named after; 0 for another name (an imported one)."""
+    """Return the step in the name of a checkpoint folder; 0 for another name, such as that of an imported one."""
     match = _STEP.fullmatch(path.name.removeprefix(_REPLACED))
     return int(match[1]) if match else 0
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints, which has the file `latest` too."""
+    """Return the folder that holds a run's checkpoints and the file `latest`."""
     return Path(run_dir) / "checkpoints"
 
 
@@ -85,7 +85,10 @@ def list_milestones(run_dir: Path) -> list[Path]:
 
 
 def list_for_release(run_dir: Path) -> list[Path]:
-    """Return milestones and the newest checkpoint, or all checkpoints of a run without milestones, oldest first."""
+    """Return the checkpoints to release, oldest first.
+
+    They are the milestones and the newest checkpoint, or all checkpoints of a run without milestones.
+    """
     milestones, checkpoints = list_milestones(run_dir), list_checkpoints(run_dir)
     if not milestones:
         return checkpoints
@@ -100,9 +103,10 @@ def _steps_in(folder: Path) -> list[Path]:
 
 
 def at_step(run_dir: Path, step: int) -> Path:
-    """Return the checkpoint of a step or, where it is gone, the milestone.
+    """Return the checkpoint of a step or, if it is gone, the milestone of that step.
 
-    Raises UserError naming the steps there are.
+    Raises:
+        UserError: the step has neither; the message lists the steps that have one.
     """
     by_step = {step_of(path): path for path in (*list_milestones(run_dir), *list_checkpoints(run_dir))}
     if step not in by_step:
@@ -112,7 +116,7 @@ def at_step(run_dir: Path, step: int) -> Path:
 
 
 def _candidates(run_dir: Path) -> list[Path]:
-    """Return published checkpoints, and one that a killed re-save of its step had moved aside, newest first."""
+    """Return the published checkpoints, and those that a killed save had moved aside, newest first."""
     published = list_checkpoints(run_dir)
     names = {path.name for path in published}
     aside = [
@@ -124,7 +128,7 @@ def _candidates(run_dir: Path) -> list[Path]:
 
 
 def _named_latest(run_dir: Path) -> Path | None:
-    """Return the checkpoint that `latest` names, or None (with a warning) where it names none."""
+    """Return the checkpoint that `latest` names. If it names none, log a warning and return None."""
     path = checkpoints_folder(run_dir) / LATEST
     try:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
@@ -142,11 +146,18 @@ def _named_latest(run_dir: Path) -> Path | None:
 
 
 def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None] | None = None) -> Path | None:
-    """Return the checkpoint to go on from; None where a run has none.
+    """Return the checkpoint to resume from; None if the run has none.
 
-    That is what `latest` names if it is whole (files and sizes, or checksums too), else the newest one that passes a
-    full check (`check`: another way to make that than `verify`); every refused one is logged by the file that is
-    damaged. Raises UserError where all are damaged.
+    It is the one that `latest` names, if that one is whole, else the newest one that passes a check with checksums. The
+    log names the damaged file of each checkpoint that is passed over.
+
+    Args:
+        run_dir: the run directory.
+        checksums: also compare the checksums of the one that `latest` names, and not only its files and their sizes.
+        check: function for a check with checksums, in place of `verify`.
+
+    Raises:
+        UserError: the run has checkpoints and all are damaged.
     """
     named = _named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
@@ -173,7 +184,7 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
 
 
 def resolve(path: Path) -> Path:
-    """Return the checkpoint at a path: a checkpoint itself, or the latest of a run directory. Raises UserError."""
+    """Return the checkpoint at a path, which is a checkpoint or a run directory (its latest). Raises UserError."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(
@@ -192,9 +203,10 @@ def resolve(path: Path) -> Path:
 
 
 def new_staging(folder: Path, step: int) -> Path:
-    """Make an empty folder to write the checkpoint of a step in; one save at a time.
+    """Make an empty folder in which the checkpoint of a step is written.
 
-    What killed saves left in `folder` is removed, so that it cannot fill the disk.
+    The remains of killed saves in `folder` are removed, so that they cannot fill the disk. Only one save may run at a
+    time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGING}step_*"):
@@ -207,7 +219,7 @@ def new_staging(folder: Path, step: int) -> Path:
 def tidy(run_dir: Path) -> None:
     """Clean up after killed saves before a run goes on, in the one process that holds the run's lock.
 
-    A checkpoint that was moved aside goes back if the new one of its step never came; everything else goes.
+    A checkpoint that was moved aside is moved back if no new one of its step was published. All else is removed.
     """
     for folder in (checkpoints_folder(run_dir), milestones_folder(run_dir)):
         # if the disk cannot be written, the next save reports it
@@ -229,7 +241,7 @@ def staging_of(folder: Path, step: int) -> Path:
 
 
 def seal_and_rename(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Seal a folder and rename it to `final`; arguments as in `seal` and `publish_folder`."""
+    """Seal a folder and rename it to `final`. The arguments are those of `seal` and `publish_folder`."""
     seal(staging, known)
     publish_folder(staging, final, aside=final.with_name(_REPLACED + final.name))
 
@@ -245,10 +257,10 @@ def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and return the removed; 0 keeps all.
+    """Remove all but the newest `keep` checkpoints and return the removed ones. A `keep` of 0 removes none.
 
-    The checkpoint that `latest` names is kept, and so are those whose progress.json says so. Each is renamed before it
-    is deleted: half a folder must never pass for a checkpoint.
+    The checkpoint that `latest` names is kept, and so is each one whose progress.json asks for it. A folder is renamed
+    before it is deleted, so that a half-deleted one never passes for a checkpoint.
     """
     if keep <= 0:
         return []
@@ -270,7 +282,7 @@ def _is_kept(checkpoint: Path) -> bool:
 
 
 def bytes_of_newest(run_dir: Path) -> int | None:
-    """Return the bytes of all files of the newest checkpoint; None where there is none."""
+    """Return the total size in bytes of the newest checkpoint; None if there is none."""
     for path in reversed(list_checkpoints(run_dir)):
         try:
             return total_bytes(path)
@@ -280,7 +292,7 @@ def bytes_of_newest(run_dir: Path) -> int | None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Return progress.json: step, tokens and what else the run wrote."""
+    """Return the content of progress.json: step, tokens and whatever else the run recorded."""
     path = Path(checkpoint) / "progress.json"
     try:
         progress = load_json(path.read_text(encoding="utf-8"))
@@ -292,7 +304,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_stored_config(folder: Path) -> dict[str, Any]:
-    """Return the groups of a config.yaml as they are stored, by the names of the version that wrote them.
+    """Return the groups of a config.yaml as stored, with the key names of the version that wrote it.
 
     Raises:
         UserError: the file cannot be read.
@@ -309,7 +321,7 @@ def read_stored_config(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.yaml of a checkpoint or a run directory as plain groups, with the current names of keys."""
-    # OmegaConf, which it imports, takes 0.3 s that listing and verifying do without
+    # imported here because it imports OmegaConf, which takes 0.3 s that listing and verifying do not need
     from megatron_ettin.config.overrides import upgrade_keys
 
     groups = read_stored_config(folder)
@@ -318,5 +330,5 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def total_bytes(checkpoint: Path) -> int:
-    """Return the bytes of all files that integrity.json lists."""
+    """Return the total size in bytes of the files that integrity.json lists."""
     return sum(entry["bytes"] for entry in read_entries(checkpoint).values())

@@ -1,12 +1,13 @@
 """Read torch_dist checkpoints without unpickling anything that a checkpoint could abuse.
 
-torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False): both run whatever the
-file says. Here `.metadata` goes through an allow-list of the dozen classes it needs, and byte entries are refused
-(ours have none). Core has no argument for reader or planner, so `load_strategy` swaps two names of core's module while
-it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it.
+torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False). Both run any code that
+the file contains. Here `.metadata` is unpickled with an allow-list of the dozen classes that it needs, and byte entries
+are refused (our checkpoints have none). Core takes no argument for the reader or the planner, so `load_strategy` swaps
+two names in core's module while it loads. `CheckpointReader` needs no process group and holds one tensor at a time;
+converting and inspecting use it.
 
-`check_pickle` refuses pickles that claim to be larger than they are. Python's unpickler allocates what an opcode asks
-for before it looks at what is there: eight bytes of a file can ask for tens of gigabytes.
+`check_pickle` refuses a pickle that claims more data than the file has. Python's unpickler allocates the size that an
+opcode names before it reads the data, so eight bytes of a file can allocate tens of gigabytes.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ ALLOWED = {
     "torch": ["Size", *_DTYPES.split()],
     "torch.serialization": ["_get_layout"],
     "collections": ["OrderedDict"],
-    # folders are recorded as the Path they were given as
+    # torch records the folder as the Path object that it was given
     "pathlib": ["PosixPath", "PurePosixPath", "WindowsPath"],
     "pathlib._local": ["PosixPath", "PurePosixPath", "WindowsPath"],
 }
-# What a damaged or hostile file makes torch and pickle raise.
+# errors that torch and pickle raise for a damaged or hostile file
 _DAMAGE = (
     *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, ImportError, OverflowError, MemoryError, struct.error, pickle.PickleError),
@@ -68,7 +69,7 @@ class AllowListed(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return an allowed class. Raises UnpicklingError for any other."""
         if (module, name) == ("builtins", "getattr"):
-            # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
+            # Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of getattr
             return _member
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, for which a checkpoint has no use")
@@ -120,7 +121,7 @@ def _is_storage_info(index: MetadataIndex, info: Any) -> bool:
     offset = getattr(index, "offset", None)
     return (
         all(isinstance(one, int) and one >= 0 for one in numbers)
-        # they get into messages of one line
+        # the names appear in messages of one line
         and all(isinstance(one, str) and one.isprintable() for one in names)
         and (offset is None or isinstance(offset, torch.Size))
     )
@@ -138,17 +139,17 @@ def _read_metadata(path: Path) -> Metadata:
 
 
 def file_in(folder: Path | str | os.PathLike[str], name: str) -> Path:
-    """Return the path of a file that `.metadata` names; links were refused when `.metadata` was read."""
+    """Return the path of a file that `.metadata` names. Links were refused when `.metadata` was read."""
     return path_in(Path(folder), name, Path(folder) / ".metadata", nested=True, links=Links.UNCHECKED)
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader with `.metadata` unpickled from an allow-list, read once, and errors that name the file."""
+    """torch's reader with an allow-list for `.metadata`, which is read once, and with errors that name the file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._cached: Metadata | None = None
-        # torch swallows what read_metadata raises
+        # kept because torch swallows an error of read_metadata
         self.refusal: UserError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -171,7 +172,7 @@ class SafeReader(FileSystemReader):
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         done: Any = torch.futures.Future()
         for name, items in per_file.items():
-            # in the order of the file, which a disk reads in one go
+            # sorted by offset, so that the disk reads the file from front to back
             items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
             with _naming(file_in(self.path, name)):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
@@ -189,7 +190,7 @@ class SafeReader(FileSystemReader):
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file raises into an error that names it."""
+    """Turn any error that a damaged file raises in the block into a UserError that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -199,7 +200,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class CheckpointReader:
-    """Full tensors of a checkpoint, one at a time, whatever layout wrote them; without a process group."""
+    """Reader of full tensors, one at a time, of a checkpoint of any layout. It needs no process group."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -233,7 +234,7 @@ class CheckpointReader:
         return self._entry(key).properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
-        """Read a full tensor. Memory: the tensor and its largest stored chunk."""
+        """Read a full tensor. This needs memory for the tensor and for its largest stored chunk."""
         entry = self._entry(key)
         self._check_coverage(key, entry)
         self._check_sizes(key, entry)
@@ -269,7 +270,7 @@ class CheckpointReader:
                 raise UserError(f"{file}: ends before {key}, which .metadata places there; the file is torn")
 
     def _check_coverage(self, key: str, entry: TensorStorageMetadata) -> None:
-        """Raise UserError where the chunks do not tile the tensor: a hole would be read as whatever the memory held."""
+        """Raise UserError if the chunks do not tile the tensor, because a gap would be left uninitialized."""
         boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
         volume = sum(torch.Size(sizes).numel() for _, sizes in boxes)
         inside = all(o >= 0 and o + s <= n for offsets, sizes in boxes for o, s, n in zip(offsets, sizes, entry.size))
@@ -286,14 +287,14 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def read_common(path: Path) -> Any:
-    """Read common.pt of a checkpoint by torch's weights-only unpickler, whatever the environment asks for."""
+    """Read common.pt of a checkpoint by torch's weights-only unpickler, whatever the environment variables say."""
     file = Path(path) / "common.pt"
     with _naming(file):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _cause(failure: CheckpointException, folder: Any) -> UserError:
-    """Return the error of the first rank that failed, in one line."""
+    """Return the error of the first rank that failed, as a UserError of one line."""
     error = next(iter(failure.failures.values()))[0]
     return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {first_line(error)[:300]}")
 
@@ -312,7 +313,7 @@ def _swapped(module: Any, **names: Any) -> Iterator[None]:
 
 def load_strategy() -> Any:
     """Return core's sharded load strategy on the safe reader and planner, for dist_checkpointing.load."""
-    # takes seconds, and converting and inspecting do not need it
+    # imported here because it takes seconds, and converting and inspecting do not need it
     import megatron.core.dist_checkpointing.strategies.torch as core
 
     class SafePlanner(core.MCoreLoadPlanner):
@@ -329,7 +330,7 @@ def load_strategy() -> Any:
             try:
                 with swapped:
                     return super().load(sharded_state_dict, checkpoint_dir)
-            # raised on every rank, with the failing ranks' errors inside
+            # core raises this on every rank, with the errors of the failing ranks inside
             except CheckpointException as failure:
                 raise one.refusal or _cause(failure, checkpoint_dir) from failure
 
@@ -356,14 +357,14 @@ def common_strategy() -> Any:
 
 
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
-# marks that are open at once; our checkpoints have a handful
+# largest number of nested marks in a pickle; those of our checkpoints have a handful
 _DEEPEST = 10_000
 
 
 def check_pickle(content: bytes) -> None:
-    """Raise pickle.UnpicklingError where a pickle claims more than its size allows.
+    """Raise pickle.UnpicklingError if a pickle claims more data than it has.
 
-    That is a length beyond the end of the file, or an index into the memo that a file of this size cannot reach.
+    That is a length beyond the end of the file, or a memo index that a file of this size cannot reach.
     """
     marks = 0
     try:

@@ -1,4 +1,4 @@
-"""Parse command lines by argparse, and report mistakes in one line. `SHARED` has the options of several commands."""
+"""Parse command lines by argparse, and report mistakes in one line. `SHARED` has the options that commands share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from megatron_ettin.base.errors import UserError, nearest
 
-# commands whose key=value overrides may stand before and after options
+# commands that accept key=value overrides before, between and after their options
 INTERMIXED = ("train", "plan", "bench")
 
 
-# settings of options that several commands have; a command may give others
+# argparse settings of options that several commands have; a command may override them
 SHARED: dict[str, dict[str, Any]] = {
     "--size": {"help": "17m 32m 68m 150m 400m 1b"},
     "--config": {"type": Path, "metavar": "YAML", "help": "a user config, as for `ettin train`"},
@@ -26,10 +26,10 @@ SHARED: dict[str, dict[str, Any]] = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raise UserError with one line for a mistake; `--help` has the usage."""
+    """Argument parser that raises UserError with one line for a mistake, without the usage."""
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """Add an option with the settings of `SHARED`, where it is there, and those given."""
+        """Add an option, with the settings that `SHARED` has for it unless `settings` overrides them."""
         return super().add_argument(*names, **SHARED.get(names[0], {}) | settings)
 
     def error(self, message: str) -> NoReturn:
@@ -40,7 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
-        """Check a value as argparse does, and suggest the nearest choice."""
+        """Raise ArgumentError for a value that is not a choice, as argparse does, and suggest the nearest choice."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             message = f"{value!r} does not exist{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
@@ -63,7 +63,7 @@ def takes_keys(parser: argparse.ArgumentParser) -> bool:
 
 
 def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bool) -> str:
-    """Return a message about arguments that no option takes: the first one that looks like an option, else all."""
+    """Return a message that names the first unknown argument that looks like an option, or else all arguments."""
     for argument in arguments:
         name, _, value = argument.partition("=")
         if not name.startswith("-") or name == "-":
@@ -76,7 +76,7 @@ def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bo
             from megatron_ettin.config.key_names import same_name
             from megatron_ettin.config.schema import key_types
 
-            # a key that is written as an option, such as `--learning-rate`
+            # the user may have written a key as an option, such as `--learning-rate`
             key = same_name(bare, key_types())
             hint = f" (did you mean {key + '='!r}?)" if key else ""
         return f"unknown option {name}{hint or nearest(name, options)}"
@@ -85,16 +85,16 @@ def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bo
 
 def parse_arguments(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments after the command's name. Raises UserError."""
-    # argparse cannot do both intermixed overrides and subcommands
+    # only for some commands, because argparse cannot parse intermixed overrides together with subcommands
     return parser.parse_intermixed_args(arguments) if command in INTERMIXED else parser.parse_args(arguments)
 
 
 def format_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
-    """Return the arguments that parse to `args`: options that are not at their default, then positional ones.
+    """Return a command line that parses to `args`: options that differ from their default, then positional arguments.
 
     Args:
         parser: the parser of the command.
-        args: what the parser returned.
+        args: the parsed arguments.
         leave_out: attributes of `args` to skip.
     """
     options: list[str] = []

@@ -113,14 +113,14 @@ def run(args: argparse.Namespace) -> None:
 def print_scaling(
     args: argparse.Namespace, config: Config, model: StepModel, given: Set[str], answer: dict[str, Any]
 ) -> None:
-    """Print the rows from few to many GPUs as a table or JSON, and draw them if asked for.
+    """Print the predicted speed on each number of GPUs as a table or JSON, and draw it if `--picture` is given.
 
     Args:
         args: the options.
         config: the run.
-        model: predicts a step.
+        model: model of the time of a step.
         given: keys that the user sets.
-        answer: the first part of what `--json` prints.
+        answer: the fields that come first in the output of `--json`.
     """
     from megatron_ettin.plan import scaling
     from megatron_ettin.plan.scaling import FailureModel, ScalingCurve

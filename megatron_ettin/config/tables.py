@@ -3,14 +3,14 @@
 Shapes are those of the Ettin configurations (std/<size>/*.yaml, lines 24-27). Their parameter counts equal those of
 `transformers`' ModernBERT classes at vocabulary 50,368 with a tied output (the same for encoder and decoder).
 
-Encoder and decoder differ in their objective and in nothing else. A row of the batch is read in one of three ways
-(`ROW_OBJECTIVES`), and an objective names those that its rows may have. `mntp` is masked next-token prediction (the
-hidden state before a masked token predicts it), by which the original trainer trained decoders on as encoders. The
-`hybrid` ones mix causal and masked rows in one model, as GPT-BERT does (arXiv 2410.24159).
+Encoder and decoder differ only in their objective. A row of the batch has one of three row objectives
+(`ROW_OBJECTIVES`), and a training objective lists those that its rows may have. `mntp` is masked next-token prediction:
+the hidden state before a masked token predicts it. With it the original trainer continued decoders as encoders.
+`hybrid` and `hybrid_mntp` mix causal and masked rows in one model, as GPT-BERT does (arXiv 2410.24159).
 
-FP8 and MXFP8 run in Transformer Engine's linear layers only. A model is named by its published size where its shape is
-exactly that one, else by its number of parameters: `run.size` names the recipe that a run began with, and its keys may
-have given the model any other shape since.
+FP8 and MXFP8 run in Transformer Engine's linear layers only. A model is named by its published size if it has exactly
+that shape, else by its number of parameters, because `run.size` names only the recipe that a run started from: other
+keys may change the shape.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ SIZES = {
 }
 
 
-# what has a shape, for counting parameters
+# types that have a shape, for counting parameters
 HasShape: TypeAlias = "Shape | ModelConfig"
 
 
 def layer_parameter_count(shape: HasShape) -> int:
-    """Return the weights of one layer's four matrices: Wqkv and Wo (4 H^2), Wi and mlp.Wo (3 H F)."""
+    """Return the number of weights in one layer's four matrices: Wqkv and Wo (4 H^2), Wi and mlp.Wo (3 H F)."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     return 4 * hidden * hidden + 3 * hidden * ffn
 
@@ -63,7 +63,7 @@ def layer_parameter_count(shape: HasShape) -> int:
 def parameter_count(shape: HasShape, vocab_size: int = VOCABULARY) -> int:
     """Return the exact number of parameters.
 
-    They are V H + L (4 H^2 + 3 H F) + (1 + (L-1) + L + 1) H of norms + H^2 + H + V of the head.
+    It is V H (embedding) + L (4 H^2 + 3 H F) (layers) + (1 + (L-1) + L + 1) H (norms) + H^2 + H + V (head).
     """
     hidden, layers = shape.hidden_size, shape.num_layers
     norms = (1 + (layers - 1) + layers + 1) * hidden
@@ -72,7 +72,7 @@ def parameter_count(shape: HasShape, vocab_size: int = VOCABULARY) -> int:
 
 
 def tensor_parallel_degrees(shape: HasShape) -> list[int]:
-    """Return the degrees that divide both the heads and the MLP's inner width; core pads the vocabulary."""
+    """Return the degrees that divide the heads and the MLP's inner width. Core pads the vocabulary to fit."""
     heads, ffn = shape.num_attention_heads, shape.ffn_hidden_size
     return [tp for tp in range(1, heads + 1) if heads % tp == 0 and ffn % tp == 0]
 
@@ -102,28 +102,28 @@ class Objective:
     """A training objective."""
 
     row_objectives: tuple[str, ...]
-    """Row objectives. Where there are two, the first is causal and `data.clm_fraction` is its share."""
+    """Row objectives. If there are two, the first is causal and `data.clm_fraction` is the share of its rows."""
     exports: tuple[str, ...]
     """Objectives of the models that its weights can be exported as; the first is the default."""
 
     @property
     def needs_mask_token(self) -> bool:
-        """Return whether some of its rows have masked tokens."""
+        """Return whether some rows of this objective have masked tokens."""
         return self.masked_objective is not None
 
     @property
     def masked_objective(self) -> str | None:
-        """Return the row objective that masks tokens; None where there is none."""
+        """Return the row objective that masks tokens; None if there is none."""
         return next((name for name in self.row_objectives if ROW_OBJECTIVES[name].masks), None)
 
     @property
     def is_hybrid(self) -> bool:
-        """Return whether it mixes causal and masked rows."""
+        """Return whether this objective mixes causal and masked rows."""
         return len(self.row_objectives) > 1
 
     @property
     def causal(self) -> bool:
-        """Return whether all rows are causal."""
+        """Return whether all rows of this objective are causal."""
         return all(ROW_OBJECTIVES[name].causal for name in self.row_objectives)
 
 
@@ -134,7 +134,7 @@ OBJECTIVES = {
     "hybrid": Objective(("clm", "mlm"), ("mlm", "clm")),
     "hybrid_mntp": Objective(("clm", "mntp"), ("mlm", "clm")),
 }
-# what a checkpoint can be exported as: an encoder or a decoder of transformers
+# objectives of the transformers models that a checkpoint can be exported as: an encoder or a decoder
 EXPORTED = ("mlm", "clm")
 
 
@@ -147,7 +147,7 @@ class Precision:
     fp8_recipe: str | None = None
     """Name of the FP8 recipe, as core's TransformerConfig takes it."""
     multiple: int = 1
-    """hidden_size / tp and ffn_hidden_size / tp must be multiples of it."""
+    """Number that hidden_size / tp and ffn_hidden_size / tp must be multiples of."""
 
 
 PRECISIONS = {
@@ -161,11 +161,11 @@ PRECISIONS = {
 
 
 def short_name(size: object, model: object) -> str:
-    """Return `17m` for a model of that published shape and vocabulary, else its parameter count, such as `176K`.
+    """Return a published size such as `17m` if the model has its shape and vocabulary, else a count such as `176K`.
 
     Args:
         size: `run.size`.
-        model: the `model` group, resolved or as a config.yaml has it. Where it has no shape, the size is returned.
+        model: the `model` group, resolved or as stored in a config.yaml. If it has no shape, the size is returned.
     """
     shape = _shape(model)
     if shape is None or (SIZES.get(str(size)), VOCABULARY) == shape:
@@ -174,9 +174,9 @@ def short_name(size: object, model: object) -> str:
 
 
 def long_name(size: object, model: object) -> str:
-    """Return `16.9M parameters, 7 layers x 256`; empty where the group has no shape. Args as in `short_name`.
+    """Return a description such as `16.9M parameters, 7 layers x 256`; empty if the group has no shape.
 
-    `(from 17m)` is added where the shape is not that of the size.
+    A model whose shape is not that of its size gets `(from 17m)` at the end. The arguments are those of `short_name`.
     """
     known = _shape(model)
     if known is None:
@@ -200,6 +200,6 @@ def _shape(model: object) -> tuple[Shape, int] | None:
 
 
 def published_size(model: object) -> str | None:
-    """Return the published size that has the model's shape, whatever its vocabulary; None where there is none."""
+    """Return the published size that has the model's shape, whatever its vocabulary; None if there is none."""
     known = _shape(model)
     return next((size for size, shape in SIZES.items() if known is not None and shape == known[0]), None)

@@ -25,14 +25,14 @@ WEIGHTS = ".distcp"
 
 
 def check_objective(objective: str) -> str:
-    """Return `objective` if it can be exported. Raises UserError."""
+    """Return `objective` unchanged. Raises UserError if a model cannot be exported with it."""
     if objective not in EXPORTED:
         raise UserError(f"--objective: {objective!r}; allowed: {', '.join(EXPORTED)}")
     return objective
 
 
 def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
-    """Build the ModelConfig of a config.yaml's groups. Raises UserError naming what is missing."""
+    """Build the ModelConfig from the groups of a config.yaml. Raises UserError that names what is missing."""
     group = groups.get("model")
     if not isinstance(group, dict):
         raise UserError(f"{path}: has no group `model`; the shape of the weights is unknown")
@@ -44,17 +44,17 @@ def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
 
 
 class SourceCheckpoint:
-    """The opened checkpoint of a checkpoint folder or run directory.
+    """A checkpoint opened for conversion, from a checkpoint folder or a run directory (its latest).
 
-    Its small files are verified here. The sha256 of the weights are computed while they are converted, and
-    `check_weights` raises UserError where one is wrong.
+    Opening verifies the small files. A thread computes the sha256 of the weights while they are converted;
+    `check_weights` waits for it and raises UserError if one is wrong.
 
     Attributes:
         checkpoint: its folder.
         run: the `run` group of its config.yaml.
-        objective: what it is exported as, mlm or clm.
-        trained_objective: what it was trained for: weights serve both.
-        trained_length: tokens of the longest row trained on.
+        objective: objective that it is exported with, mlm or clm.
+        trained_objective: objective that it was trained with, which may be another one.
+        trained_length: number of tokens of the longest row that it was trained on.
         mappings: every tensor, in file order.
     """
 
@@ -77,7 +77,7 @@ class SourceCheckpoint:
         self.model = model_config(groups, config_path)
         data = groups.get("data")
         rows = data.get("seq_len") if isinstance(data, dict) else None
-        # a run has rows of this length, whatever the model had room for; an import has the length that its folder says
+        # the rows of a run may be shorter than the model allows; an import has only the length of its config
         self.trained_length: int = rows if isinstance(rows, int) and rows > 0 else self.model.max_position_embeddings
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
@@ -85,7 +85,7 @@ class SourceCheckpoint:
         self._check()
 
     def _check(self) -> None:
-        """Check that every tensor is there with the shape that the config gives it. Raises UserError."""
+        """Raise UserError if a tensor is missing or has another shape than the config gives it, padded rows apart."""
         present = set(self._reader.keys())
         for mapping in self.mappings:
             name, shape = mapping.name, mapping.shape
@@ -98,7 +98,7 @@ class SourceCheckpoint:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Return the ids of special tokens in the folder that was imported; empty for a run's checkpoint."""
+        """Return the ids of special tokens by name, of the folder that was imported; empty for a run's checkpoint."""
         recorded = self.progress.get("special_ids")
         return recorded if isinstance(recorded, dict) else {}
 
@@ -108,11 +108,11 @@ class SourceCheckpoint:
         return self.checkpoint / "tokenizer"
 
     def read(self, mapping: WeightMapping) -> torch.Tensor:
-        """Return a canonical tensor without the rows that tensor parallelism padded."""
+        """Return a canonical tensor without the rows that pad it for tensor parallelism."""
         return self._reader.read(mapping.name)[: mapping.shape[0]]
 
     def tensors(self) -> Iterator[tuple[WeightMapping, torch.Tensor]]:
-        """Yield all canonical tensors in file order; some are read ahead."""
+        """Return an iterator over all canonical tensors in file order. It reads some of them ahead."""
 
         def bytes_of(mapping: WeightMapping) -> int:
             return math.prod(mapping.shape) * self._reader.dtype(mapping.name).itemsize
@@ -120,7 +120,7 @@ class SourceCheckpoint:
         return read_ahead(self.mappings, bytes_of, self.read)
 
     def check_weights(self) -> None:
-        """Wait for the checksums. Raises UserError naming the first file that is not what was written."""
+        """Wait for the checksums of the weights. Raises UserError that names the first damaged file."""
         self._weights.result()
 
 
@@ -133,7 +133,7 @@ def predicts_next(source: SourceCheckpoint) -> bool:
 
 
 def cross_notes(source: SourceCheckpoint) -> list[str]:
-    """Return what a reader must know of a model that was not trained for what it was exported as."""
+    """Return warnings for the reader of a model that is exported with another objective than its trained one."""
     trained = OBJECTIVES[source.trained_objective]
     if predicts_next(source) and trained.masked_objective is not None:
         return [

@@ -1,8 +1,9 @@
-"""Write, check and map the files that say which chunks make up each row.
+"""Write, check and map the files that list the chunks of each row.
 
-A packing index (`rows_1024/plan.json`) and a compiled order (`order_<key>/order.json`) are both a folder of columns and
-a record of these files. Such a folder is written under a lock, renamed into place and checked by the size of its files.
-It is written again when it is absent or damaged. Several processes may ask at once: one writes, the others wait.
+A packing index (`rows_1024/plan.json`) and a compiled order (`order_<key>/order.json`) are both a folder of columns with
+a JSON record of these files. Such a folder is written under a lock, renamed to its final name and checked by the sizes
+of its files. A folder that is absent or damaged is written again. If several processes need it, one writes and the
+others wait.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ IntArray = npt.NDArray[np.integer]
 Int64Array = npt.NDArray[np.int64]
 Dtypes = Mapping[str, np.dtype[Any]]
 
-# chunk numbers, row after row
+# column: chunk numbers, row after row
 CHUNKS_FILE = "chunks.int64"
-# for each row, where its chunks end in CHUNKS_FILE
+# column: for each row, the end of its chunks in CHUNKS_FILE
 ENDS_FILE = "ends.int64"
-# tokens of each row
+# column: number of tokens of each row
 TOKENS_FILE = "tokens.int32"
-# index of each row's dataset in `OrderRecord.datasets`
+# column: index of each row's dataset in `OrderRecord.datasets`
 SOURCES_FILE = "sources.int16"
-# number of each row in its dataset's packing index, for the table of `ettin order`
+# column: number of each row in its dataset's packing index, for the table of `ettin order`
 ROWS_FILE = "rows.int64"
 # the columns of a packing index
 PACKING_DTYPES: Dtypes = {
@@ -55,7 +56,7 @@ ORDER_DTYPES: Dtypes = {
     TOKENS_FILE: np.dtype("<i4"),
     ROWS_FILE: np.dtype("<i8"),
 }
-# what reading a record raises where it is absent or damaged
+# errors that reading an absent or damaged record raises
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, UserError)
 
 
@@ -64,7 +65,7 @@ class PackingRecord:
     """The content of a packing index's plan.json."""
 
     FILE: ClassVar[str] = "plan.json"
-    # raise it when the same chunks would be packed otherwise
+    # to be increased when a change of the code packs the same chunks differently
     VERSION: ClassVar[int] = 1
 
     dataset_fingerprint: str
@@ -81,18 +82,18 @@ class OrderRecord:
     """The content of a compiled order's order.json."""
 
     FILE: ClassVar[str] = "order.json"
-    # raise it when the same files would be compiled otherwise
+    # to be increased when a change of the code compiles the same files differently
     VERSION: ClassVar[int] = 1
 
     seq_len: int
     batching: str
     num_rows: int
     mean_tokens_per_row: float
-    """Nominal tokens of a row: those of the data that an exported order came from, else those of these rows."""
+    """Mean number of tokens of a row: of the data that an exported order came from, else of these rows."""
     datasets: list[str]
-    """Fingerprints, in order of appearance."""
+    """Fingerprint of each dataset, in order of first appearance."""
     tokens: list[int]
-    """Tokens of each dataset."""
+    """Number of tokens of each dataset."""
     skipped_samples: int
     files: dict[str, FileRecord]
     version: int = VERSION
@@ -120,11 +121,11 @@ def read_usable_record(record_class: type[Record], folder: Path, names: Iterable
 
     Args:
         record_class: the type of the record.
-        folder: where it lies.
-        names: files that it must list.
+        folder: the folder of the record and its files.
+        names: files that the record must list.
 
     Returns:
-        None where the record is absent, damaged or of another version, or where a file is missing or has another size.
+        The record; None if it is absent, damaged or of another version, or if a file is missing or has another size.
     """
     try:
         record: Record = read_record(record_class, folder)
@@ -142,18 +143,20 @@ def build_once(
     read: Callable[[], Opened | None],
     build: Callable[[Path], None],
 ) -> Opened:
-    """Return what is in a folder, which one process builds where there is nothing usable.
+    """Return the opened content of a folder, and build it first if it is absent or unusable.
+
+    One process builds, under a lock; the others wait for it.
 
     Args:
         folder: the folder.
-        lock_name: lock file next to it.
-        prefixes: beginnings of the names of all folders that are built under this lock. What killed builders of any of
-            them have left is removed.
-        read: returns what is in the folder; None where it is unusable.
-        build: writes the content to the folder that it is given, which then gets the name.
+        lock_name: name of the lock file next to it.
+        prefixes: beginnings of the names of all folders that are built under this lock. The remains of killed builders
+            of any of them are removed.
+        read: function that opens the content; it returns None if that is unusable.
+        build: function that writes the content into the temporary folder that it is given.
 
     Raises:
-        OSError: the folder cannot be written, or not be read as it was written.
+        OSError: the folder cannot be written, or cannot be read after it was written.
     """
     with file_lock(folder.parent / lock_name) as held:
         # another process may have built it while this one waited
@@ -171,11 +174,11 @@ def build_once(
 
 
 class RowWriter:
-    """Writer of columns, which computes their checksums on the way.
+    """Writer of columns that computes their checksums while it writes.
 
     Args:
-        folder: where the files go.
-        dtypes: type of the values in each file.
+        folder: the folder of the files.
+        dtypes: type of the values in each file, by file name.
         prefix: beginning of the files' names.
     """
 
@@ -197,8 +200,8 @@ class RowWriter:
 
         Args:
             chunks: chunk numbers [m], row after row.
-            counts: chunks [n] of each row.
-            tokens: tokens [n] of each row.
+            counts: number of chunks [n] of each row.
+            tokens: number of tokens [n] of each row.
             others: values [n] of the other columns, by the name of the file before its dot.
         """
         columns = {CHUNKS_FILE: chunks, ENDS_FILE: self.chunks + np.cumsum(counts), TOKENS_FILE: tokens}
@@ -212,7 +215,7 @@ class RowWriter:
         self.tokens += int(tokens.sum(dtype=np.int64))
 
     def finish(self) -> dict[str, FileRecord]:
-        """Force the bytes to the disk; return size and sha256 of each file."""
+        """Force the files to the disk and return the size and sha256 of each."""
         records = {}
         for name, stream in self._streams.items():
             stream.flush()
@@ -223,20 +226,20 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class RowArrays:
-    """Rows that are written out: the chunks of each, and its tokens."""
+    """Mapped columns of rows: the chunks and the number of tokens of each row."""
 
     chunks: IntArray
     """Chunk numbers, row after row."""
     ends: IntArray
     """End of each row's chunks in `chunks`."""
     tokens: IntArray
-    """Tokens of each row."""
+    """Number of tokens of each row."""
 
     def chunks_of_rows(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return the chunk numbers [m] of the rows [n], row after row, and the number of chunks [n] of each row."""
         ends = self.ends[rows]
         starts = np.where(rows > 0, self.ends[np.maximum(rows - 1, 0)], 0)
-        # a damaged file may go backwards; the reader of an empty row reports it
+        # a damaged file may have an end before its start; the reader reports the empty row
         counts = np.maximum(ends - starts, 0)
         indices = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
         return self.chunks[indices].astype(np.int64, copy=False), counts

@@ -1,4 +1,4 @@
-"""Check GPUs, their driver and libraries, and the packages that make them fast, and what an absence costs."""
+"""Check GPUs, their driver and libraries, and the packages that make them fast. Report the cost of an absence."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def accelerator_findings(quick: bool, wanted_gpus: int | None = None) -> list[Fi
     """Return all findings about GPUs and their packages.
 
     Args:
-        quick: import nothing that takes seconds.
-        wanted_gpus: report a problem unless torch sees so many.
+        quick: whether to skip imports that take seconds.
+        wanted_gpus: number of GPUs that torch must see; another number is a problem. None accepts any number.
     """
     seen = inventory.gpus()
     return [
@@ -114,10 +114,10 @@ def _older(version: str, than: str) -> bool:
 
 
 def _apex(has_gpu: bool) -> Finding:
-    """Check Apex for its one part that is used here, on Megatron-Core's own layers.
+    """Check that Apex has the one part that Megatron-Core's own layers use.
 
-    These run in fp32, and in any precision without Transformer Engine, whose layers accumulate weight gradients
-    themselves.
+    Those layers run in fp32, and in any precision without Transformer Engine. The layers of Transformer Engine
+    accumulate weight gradients themselves.
     """
     variant, te = inventory.apex_package(), version_of("transformer-engine")
     has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)

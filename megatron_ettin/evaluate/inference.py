@@ -1,4 +1,4 @@
-"""Compute a checkpoint's logits for given tokens in one process; exports are compared with them."""
+"""Compute a checkpoint's logits for given tokens in one process. Exports to Hugging Face are compared with them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterat
 
     Args:
         checkpoint: the checkpoint folder.
-        objective: makes the model attend as an encoder or a decoder, whatever it was trained as.
+        objective: objective that decides whether attention is causal; None takes that of the checkpoint.
     """
     config = single_process_config(resume.checkpoint_config(checkpoint))
     config = config.with_keys({"run.objective": objective or config.run.objective})
@@ -45,9 +45,9 @@ def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterat
 
 
 def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | None = None) -> list[torch.Tensor]:
-    """Return the fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own.
+    """Return the fp32 logits [n, vocabulary] of each list of n token ids. Each list is a chunk of its own.
 
-    The caller checks the checkpoint's checksums.
+    The checksums of the checkpoint are not checked here; the caller does that.
 
     Args:
         checkpoint: the checkpoint folder.
@@ -62,7 +62,7 @@ def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | N
 def compute_logits(
     model: torch.nn.Module, token_lists: Sequence[Sequence[int]], device: torch.device
 ) -> list[torch.Tensor]:
-    """Return the logits [n, vocabulary] of each list of n token ids; the model is left in evaluation mode."""
+    """Return the logits [n, vocabulary] of each list of n token ids. This leaves the model in evaluation mode."""
     model.eval()
     with torch.no_grad():
         return [

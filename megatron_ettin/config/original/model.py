@@ -1,7 +1,7 @@
 """Read the original trainer's description of a model: `model_config` of its YAML, or the same keys in a checkpoint.
 
-A missing key takes the trainer's own default, and every default that is used is noted. The names of tensors cannot show
-the activation, the kind of attention and the order of rotary channels, so these are checked here.
+A missing key takes the trainer's own default, and the result notes every default that is used. The activation, the type
+of attention and the order of rotary channels cannot be seen from the names of tensors, so they are checked here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import ModelConfig
 
-# those of bert-base-uncased, which the trainer starts from, and of the trainer's own keys
+# defaults of bert-base-uncased, from which the trainer starts, and of the trainer's own keys
 DEFAULTS: dict[str, Any] = {
     **{"vocab_size": 30_522, "hidden_size": 768, "intermediate_size": 3_072},
     **{"num_hidden_layers": 12, "num_attention_heads": 12, "attn_out_dropout_prob": 0.0, "init_std": 0.02},
@@ -35,21 +35,21 @@ FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "initial_bert_layer": (None, (None, "prenorm")),
     "initial_mlp_layer": (None, (None, "glu")),
 }
-"""key -> (the trainer's default, the values that this model has)."""
+"""Keys with one meaning here: key -> (the trainer's default, the values that this package accepts)."""
 MODEL_NAMES = {
     "flex_bert": ("mlm", "head"),
     "flex_gpt": ("clm", "lm_head"),
     "flex_bert_to_gpt": ("clm", "head"),
     "flex_gpt_to_bert": ("mlm", "lm_head"),
 }
-"""model.name of a YAML -> (objective, name of the head); a cross-trained model keeps its first head."""
+"""model.name of a YAML -> (objective, name of the head). A cross-trained model keeps its first head."""
 CLASSES = MODEL_NAMES | {
     "FlexBertForMaskedLM": ("mlm", "head"),
     "FlexBertForCausalLM": ("clm", "lm_head"),
     "FlexGPTForCausalLM": ("clm", "head"),
     "MNTPFlexBertForMaskedLM": ("mlm", "lm_head"),
 }
-"""`MODEL_NAMES` and the classes that checkpoints record."""
+"""`MODEL_NAMES`, and in addition the class names that checkpoints record."""
 _SHORT_BASE, _SHORT_ROW, _LONG_ROW = 10_000.0, 1_024, 7_999
 
 
@@ -60,12 +60,12 @@ class TrainerModel:
     source: str
     """Origin of the description, for messages."""
     objective: str | None
-    """None where the configuration does not say it."""
+    """Training objective; None if the configuration does not name it."""
     head: str | None
-    """Name that its head should have in a checkpoint: `head` or `lm_head`."""
+    """Expected name of the head in a checkpoint: `head` or `lm_head`; None if it is not known."""
     model: ModelConfig
     notes: list[str]
-    """Defaults and assumptions that were used."""
+    """One line for each default or assumption that was used."""
 
 
 def read_trainer_model(
@@ -79,15 +79,15 @@ def read_trainer_model(
 
     Args:
         config: the keys of `model_config`.
-        name: model.name of a YAML, or the recorded class; None where neither is known.
+        name: model.name of a YAML, or the class that a checkpoint records; None if neither is known.
         source: the file, for messages.
-        seq_len: tokens in a row, where the file says it.
-        prefix: what stands before the keys in the file, for notes.
+        seq_len: number of tokens in a row, if the file has it.
+        prefix: prefix of the keys in the file, for notes.
 
     Raises:
         UserError: a value that this model cannot have.
     """
-    # a YAML, or a checkpoint that records initializer_range, leaves init_std out on purpose
+    # init_std is absent on purpose from a YAML, and from a checkpoint that records initializer_range
     expected = DEFAULTS.keys() - ({"init_std"} if prefix or "initializer_range" in config else set())
     notes = [
         f"{source} has no {prefix}{key}: {_default_note(key, value)}"
@@ -115,7 +115,7 @@ def _default_note(key: str, value: Any) -> str:
 
 
 def _check_fixed(config: Mapping[str, Any], source: str) -> None:
-    """Raise UserError for a setting that this model has no counterpart for."""
+    """Raise UserError for a setting that this package's model does not support."""
     for key, (default, allowed) in FIXED.items():
         value = config.get(key, default)
         plain = value.removeprefix("unpadded_").removeprefix("padded_") if isinstance(value, str) else value
@@ -133,7 +133,7 @@ def _model_config(config: Mapping[str, Any], source: str, seq_len: object, notes
     """Build the ModelConfig. The vocabulary is rounded up to 8 rows, as the trainer does."""
     theta, local = float(config["rotary_emb_base"]), float(config["local_attn_rotary_emb_base"])
     if local == -1:
-        # the trainer's value for "as the global one"
+        # -1 in the trainer means the base of the global layers
         local = theta
     every, window = int(config["global_attn_every_n_layers"]), int(config["sliding_window"])
     if window == -1:
@@ -152,7 +152,7 @@ def _model_config(config: Mapping[str, Any], source: str, seq_len: object, notes
         if not 0 < value < math.inf:
             raise UserError(f"{source}: {key} is {value}; it must be above 0")
     if not (type(seq_len) is int and seq_len > 0):
-        # rotary embeddings have no table of positions: only max_seq_len of a YAML says how long rows were
+        # rotary embeddings have no table of positions, so without max_seq_len of a YAML the length is derived
         seq_len = _SHORT_ROW if theta <= _SHORT_BASE else _LONG_ROW
         notes.append(
             f"{source} does not say how long rows were: assumed {seq_len:,}, as the published phases with this base"
