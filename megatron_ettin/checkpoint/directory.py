@@ -1,8 +1,8 @@
 """Name, publish, prune and find checkpoints on disk.
 
 checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json) and renamed. Only
-then the file `latest` names it. So a kill at any instant leaves the previous checkpoint named and whole, and a reader never
-needs to know where a writer stopped. The next start or the next save removes what a killed writer left.
+then the file `latest` names it. So a kill at any instant leaves the previous checkpoint named and whole, and a reader
+never needs to know where a writer stopped. The next start or the next save removes what a killed writer left.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Write, check and map the files that list the chunks of each row.
 
-A packing index (`rows_1024/plan.json`) and a compiled order (`order_<key>/order.json`) are both a folder of columns with
-a JSON record of these files. Such a folder is written under a lock, renamed to its final name and checked by the sizes
-of its files. A folder that is absent or damaged is written again. If several processes need it, one writes and the
-others wait.
+A packing index (`rows_1024/plan.json`) and a compiled order (`order_<key>/order.json`) are both a folder of columns
+with a JSON record of these files. Such a folder is written under a lock, renamed to its final name and checked by the
+sizes of its files. A folder that is absent or damaged is written again. If several processes need it, one writes and
+the others wait.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """Watch from a thread of every rank that the main thread makes progress.
 
-When it makes none, each rank writes every thread's Python stack and torch's flight recorder to RUN/watch/stall-TIME,
-one rank reports whom the others wait for, and all end with 75.
+If it makes none, each rank writes every thread's Python stack and torch's flight recorder to RUN/watch/stall-TIME. One
+rank reports which rank the others wait for, and all ranks exit with 75.
 
-All ranks move in step, so all of them see a stall at nearly the same time. A rank that does not answer then is stopped,
-dead or cut off. Time is counted by the thread's own ticks, each limited: neither a clock that is set nor a process that
-was suspended for an hour is a stall. A main thread that stays in C code without releasing the interpreter stops this
-thread too: then the others name the rank, and faulthandler's thread, which needs no interpreter, writes its stacks to
-the log.
+Ranks step together, so all of them notice a stall at nearly the same time. A rank that does not answer then is stopped,
+dead or cut off. The thread counts time by its own ticks, each of limited length, so a change of the clock or an hour of
+suspension is no stall. A main thread in C code that does not release the interpreter stops this thread too. Then the
+other ranks name that rank, and faulthandler's thread, which needs no interpreter, writes its stacks to the log.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.parallel.failure_report import record_stall, write_status
 from megatron_ettin.platform.profiler import dump_flight_recorder
 
-# ranks may differ by so much in seeing a stall
+# time in which all ranks notice the same stall
 ANSWER_SECONDS = 3.0
-# the first of so many ranks that is alive reports
+# number of ranks that may report; the first of them that is alive does
 REPORTERS = 8
-# each of them waits so long for the ones before it
+# time that each of them gives every one before it
 TURN_SECONDS = 2.0
-# later than the others have ended
+# so that faulthandler writes after the other ranks have ended
 C_CODE_SECONDS = 30.0
 KEPT_STALLS = 10
 REPORT, CLAIM = "report.json", ".reporter"
@@ -54,12 +53,15 @@ LISTED_RANKS = 3
 
 
 def collective_seconds(hang_seconds: float) -> float:
-    """Return the process groups' timeout for collectives, longer than the watchdog allows any phase."""
+    """Return the timeout in seconds for collectives, which is longer than the watchdog allows any phase."""
     return hang_seconds * SLOW_FACTOR + 60.0
 
 
 class Watchdog:
-    """Watchdog of this rank during one run, a context manager. Making it is collective: ranks exchange host and pid."""
+    """Watchdog of this rank during one run, as a context manager.
+
+    The constructor is collective, because the ranks exchange their hosts and process ids.
+    """
 
     def __init__(self, run_dir: Path, heartbeat: Heartbeat, rank: int) -> None:
         self.folder, self.heartbeat, self.rank = run_dir / FOLDER, heartbeat, rank
@@ -85,9 +87,9 @@ class Watchdog:
         status_path(self.folder, self.rank).unlink(missing_ok=True)
 
     def explain(self) -> None:
-        """End as the other ranks did if a stall is the cause of an error in the main thread."""
+        """Exit with 75, as the other ranks do, if a stall caused the error in the main thread; otherwise return."""
         if self.stalled:
-            # the thread ends the process
+            # the watchdog thread ends the process
             self._thread.join()
         if (self.stall_folder / REPORT).exists():
             exit_for_requeue()
@@ -113,13 +115,13 @@ class Watchdog:
         write_rank_status(self.folder, self.launch, self.peers[self.rank], self.heartbeat, self.stalled)
 
     def _schedule_stack_dump(self) -> None:
-        """Have faulthandler write stacks to standard error if this thread does not come here again in time."""
+        """Have faulthandler write stacks to standard error unless this thread calls this method again in time."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             seconds = self.status_seconds + self.heartbeat.limit_seconds + C_CODE_SECONDS
             faulthandler.dump_traceback_later(seconds, file=ERRORS)
 
     def _stall(self, seconds: float) -> NoReturn:
-        """Write what is known of this rank, make sure that one rank reports, and end."""
+        """Write this rank's stacks and status, make sure that one rank reports, and exit with 75."""
         self.stalled = True
         with contextlib.suppress(OSError):
             self.stall_folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ class Watchdog:
         exit_for_requeue()
 
     def _dump(self, seconds: float) -> None:
-        """Write every thread's stack."""
+        """Write every thread's stack to this rank's file in the stall folder."""
         path = self.stall_folder / f"rank_{self.rank:05d}.txt"
         step = self.heartbeat.figures.get("step", 0)
         with open(path, "w", encoding="utf-8") as file:
@@ -147,7 +149,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _claim(self) -> bool:
-        """Return whether this rank is the one to report; it is where nothing can be written."""
+        """Return whether this rank is the one that reports, by creating a file. It is if nothing can be written."""
         try:
             os.close(os.open(self.stall_folder / CLAIM, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -165,20 +167,20 @@ class Watchdog:
         return True
 
     def _report(self, seconds: float) -> None:
-        """Wait for the others' answers and report whom they wait for."""
+        """Wait for the statuses of the other ranks, and report which rank they wait for."""
         report = hang_report(self.peers, self._answers())
         line = f"stalled for {seconds:.0f} s: {report.line}"
         if report.failed_rank is not None:
             record_stall(report.failed_rank.rank, report.failed_rank.host, line)
         else:
-            # no host is to blame
+            # an empty host, because no host is to blame
             record_stall(self.rank, "", line)
         write_status(self.stall_folder / REPORT, self.rank, line=line)
         message = f"ettin train: {line}; stacks in {self.stall_folder}"
         run_with_timeout(TURN_SECONDS, lambda: log_warning(message))
 
     def _answers(self) -> dict[int, RankStatus]:
-        """Return the ranks' latest statuses."""
+        """Wait up to `ANSWER_SECONDS` until every rank has stalled, and return the latest status of each rank."""
         statuses: dict[int, RankStatus] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
@@ -193,18 +195,21 @@ class Watchdog:
 
 
 def gather_rank_info(rank: int) -> tuple[list[RankInfo], str]:
-    """Return all ranks of the default group and a name for this launch, the same on each (collective)."""
+    """Return all ranks of the default group and a name for this launch, equal on every rank (collective)."""
     ranks = all_gather_object((RankInfo.here(rank), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     return [peer for peer, _ in ranks], ranks[0][1]
 
 
 def reporters(world: int) -> list[int]:
-    """Return the ranks that may report, in the order of their turns: the first two and some of other hosts."""
+    """Return the ranks that may report, in the order of their turns.
+
+    They are the first two, and others at equal distances, so that large worlds have some on other hosts.
+    """
     return sorted({*range(min(2, world)), *range(0, world, -(-world // (REPORTERS - 1)))})
 
 
 def remove_old_stalls(folder: Path, keep: int = KEPT_STALLS) -> None:
-    """Remove all but the newest stalls, and status files that killed launches left."""
+    """Remove all but the newest `keep` stall folders, and the status files that killed launches left."""
     stalls: Sequence[Path] = sorted(folder.glob("stall-*"))
     for path in stalls[: max(0, len(stalls) - keep)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -213,13 +218,16 @@ def remove_old_stalls(folder: Path, keep: int = KEPT_STALLS) -> None:
 
 
 def exit_for_requeue() -> NoReturn:
-    """End this process with 75, whatever its main thread does."""
+    """Exit this process with 75, whatever its main thread does."""
     run_with_timeout(TURN_SECONDS, flush)
     os._exit(EXIT_REQUEUE)
 
 
 def run_with_timeout(seconds: float, act: Callable[[], Any]) -> None:
-    """Call a function that may hang: the main thread may be stuck in a print and hold the file's lock."""
+    """Call a function in a thread, and return after at most `seconds`.
+
+    The function may hang, for example on the lock of a file that the stuck main thread holds in a print.
+    """
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -227,20 +235,20 @@ def run_with_timeout(seconds: float, act: Callable[[], Any]) -> None:
 
 @dataclass(frozen=True)
 class HangReport:
-    """Report that names the rank which the others wait for."""
+    """Report on the rank that the others wait for."""
 
     line: str
     """Message for the end of the log."""
     failed_rank: RankInfo | None
-    """The first rank that `line` names; None where no rank is behind."""
+    """First rank that `line` blames; None if no rank is behind the others."""
 
 
 def hang_report(peers: Sequence[RankInfo], statuses: Mapping[int, RankStatus]) -> HangReport:
-    """Find the ranks that hold the others up.
+    """Report which ranks the others wait for: those that gave no answer, else those with the least progress.
 
     Args:
         peers: all ranks.
-        statuses: their latest statuses; a rank whose status is not `stalled` gave no answer.
+        statuses: latest status by rank; a rank without one, or with one that is not `stalled`, gave no answer.
     """
     answered = {rank: status for rank, status in statuses.items() if status.stalled}
     silent = [peer for peer in peers if peer.rank not in answered]
@@ -269,7 +277,7 @@ def _silence(peer: RankInfo, status: RankStatus | None) -> str:
 
 
 def _others(statuses: Sequence[RankStatus]) -> str:
-    """Return what most of the other ranks wait in, for the end of the line."""
+    """Return the end of the report's line, which names the operation that most of the other ranks wait in."""
     if not statuses:
         return ""
     (where, count), *_ = Counter(status.describe() for status in statuses).most_common(1)

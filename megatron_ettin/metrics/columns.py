@@ -1,4 +1,4 @@
-"""Read metrics.jsonl as one column of numbers for each key, which keeps a million steps in memory."""
+"""Read metrics.jsonl as one column of numbers for each key, so that a million steps fit in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_ettin.metrics.record import iter_metrics
 
 Column = npt.NDArray[np.float64]
 MOST_HOSTS = 10_000
-# further keys of metrics.jsonl are skipped
+# largest number of columns; numbers of further keys are skipped
 MOST_COLUMNS = 500
 
 
@@ -26,14 +26,14 @@ class MetricColumns:
 
     columns: dict[str, Column] = field(default_factory=dict)
     bad_steps: dict[int, str] = field(default_factory=dict)
-    """Step -> the reason in its line; steps whose loss is not a number are among them."""
+    """Bad step -> the reason in its line. A step whose loss is not a number is bad too."""
     slowest_hosts: Counter[str] = field(default_factory=Counter)
-    """Host -> how often its rank was the slowest."""
+    """Host -> number of lines that name it as the slowest host."""
     unreadable_lines: int = 0
 
     @classmethod
     def read(cls, path: Path) -> MetricColumns:
-        """Read a file, of which a missing one has no steps. 100,000 steps take a second or two."""
+        """Read a file; a missing one gives no steps. 100,000 steps take a second or two."""
         metrics, damaged, count = cls(), list[tuple[int, bytes]](), 0
         columns = {"step": array("d")}
         for _, line in iter_metrics(path, damaged, missing_ok=True):
@@ -60,22 +60,22 @@ class MetricColumns:
 
     @property
     def steps(self) -> Column:
-        """Return the numbers of the steps, ascending."""
+        """Return the step of each line, ascending."""
         return self.columns.get("step", np.empty(0))
 
     def known(self, key: str) -> Column:
-        """Return the numbers of a column."""
+        """Return the numbers of a column, without the steps that have none."""
         column = self.columns.get(key, np.empty(0))
         return column[~np.isnan(column)]
 
     def last(self, key: str) -> float | None:
-        """Return the last number of a column, or None."""
+        """Return the last number of a column; None if it has none."""
         known = self.known(key)
         return float(known[-1]) if len(known) else None
 
 
 def _by_step(columns: Mapping[str, Column]) -> dict[str, Column]:
-    """Return each step once, in order; for a step that was written twice the later number counts."""
+    """Return the columns with each step once, ascending. Of a step that was written twice, the later line is kept."""
     steps, rows = np.unique(columns["step"], return_inverse=True)
     merged = {}
     for key, column in columns.items():

@@ -1,9 +1,9 @@
 """Draw initial weights by name: a full tensor from hash(seed, canonical name), then this rank's shard of it.
 
-So the layout cannot change the initial model. The formulas are the recipe's `full_megatron`: normal with sigma 0.02,
-truncated at two sigma, matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
-Source: ModernBERT's initialization.py, lines 107-137. The original trainer left the vocabulary bias at torch's default
-(`model.output_bias_init=uniform`); see docs/recipe.md.
+So the layout cannot change the initial model. The formulas are the recipe's `full_megatron`. Matrices are normal with a
+sigma of 0.02, truncated at two sigma. Sigma is divided by sqrt(2 x layers) for matrices that write to the residual
+stream. Norms are one and biases zero. Source: ModernBERT's initialization.py, lines 107-137. The original trainer left
+the vocabulary bias at torch's default (`model.output_bias_init=uniform`); see docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.bias")
 
 
 def canonical_name(name: str, offset: int) -> str:
-    """Return a parameter's name in checkpoints: whole-model layer numbers, fused norm names, tied output."""
+    """Return a parameter's name in checkpoints.
+
+    It has the layer number of the whole model, the name of Transformer Engine's fused norm, and for the tied output
+    the name of the embedding.
+
+    Args:
+        name: name in this model chunk.
+        offset: number of layers before this chunk.
+    """
     if name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):
@@ -38,7 +46,7 @@ def canonical_name(name: str, offset: int) -> str:
 
 
 def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]:
-    """Return the shape of the whole tensor, without the rows that pad the vocabulary."""
+    """Return the shape of the unsharded tensor, without the rows that pad the vocabulary."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= tp
@@ -48,9 +56,10 @@ def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]
 
 
 def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
-    """Return this rank's shard of a whole tensor.
+    """Return this rank's shard of an unsharded tensor.
 
-    A partition_stride of 2 (the gated MLP) splits each half and joins the shards. Vocabularies get rows of zeros.
+    A partition_stride of 2 (the gated MLP) splits each half and joins the two shards. A vocabulary is padded with rows
+    of zeros.
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
@@ -62,9 +71,15 @@ def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torc
 
 
 def init_weights(model: Any, full_tensor: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
-    """Set every parameter of a stage from whole tensors, `full_tensor(canonical name, full shape)`.
+    """Set every parameter of a model chunk from unsharded tensors.
 
-    To be called after construction: core's tying sums the two copies of the embedding while it builds.
+    Call it after construction, because core sums the two copies of a tied embedding while it builds the model.
+
+    Args:
+        model: the model chunk.
+        full_tensor: function of (canonical name, full shape) that returns the unsharded tensor.
+        tp: tensor-parallel degree.
+        tp_rank: tensor-parallel rank.
     """
     offset = first_layer(model.config, model.vp_stage, model.pp_rank)
     trained = [(canonical_name(name, offset), p) for name, p in model.named_parameters() if p.requires_grad]
@@ -75,7 +90,7 @@ def init_weights(model: Any, full_tensor: Callable[[str, list[int]], torch.Tenso
 
 
 def recipe_weights(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Tensor]:
-    """Return the function that draws the recipe's initial weights of a canonical name and full shape."""
+    """Return a function of (canonical name, full shape) that draws the recipe's initial weights."""
     num_layers, std = model.num_layers, model.init_std
     bound = model.hidden_size**-0.5 if model.output_bias_init == "uniform" else 0.0
 

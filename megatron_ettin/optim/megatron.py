@@ -1,10 +1,10 @@
 """Wrap Megatron-Core's optimizers as a `TrainEngine`, with one of our optimizers inside.
 
-Gradient copies, fp32 masters, sharding and gathers are core's. `build_optimizer` does what core's
-get_megatron_optimizer does for one dense group of model chunks, which supports no inner optimizer but Adam and SGD.
+Core copies gradients, keeps fp32 masters, shards them and gathers weights. `build_optimizer` replaces core's
+get_megatron_optimizer, which supports no inner optimizer but Adam and SGD, for one dense group of model chunks.
 
-The gradient norm and clipping stay on the device: core's own reads the norm back between gradients and update, and the
-device would be idle until the update's kernels are queued.
+The gradient norm and clipping stay on the device. Core's own clipping reads the norm back to the host between gradients
+and update, so the device would be idle until the kernels of the update are queued.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "ada
 
 
 class MegatronEngine:
-    """TrainEngine around one of core's optimizers; see `TrainEngine` for what the methods promise."""
+    """TrainEngine around one of core's optimizers. `TrainEngine` documents the contract of each method."""
 
     can_skip = True
 
@@ -55,7 +55,7 @@ class MegatronEngine:
         return schedule
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
-        """Have core's schedule call `callback` before it finishes the gradients."""
+        """Make core's pipeline schedule call `callback` before it reduces the gradients over ranks."""
 
         def call_and_finalize(*arguments: Any, **named: Any) -> None:
             callback()
@@ -64,7 +64,7 @@ class MegatronEngine:
         self.chunks[0].config.finalize_model_grads_func = call_and_finalize
 
     def finish_param_sync(self) -> None:
-        """Gather the updated weights now where that overlaps with the next forward pass (collective)."""
+        """Gather the updated weights now if that would overlap with the next forward pass (collective)."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 self._gather(chunk)
@@ -73,18 +73,18 @@ class MegatronEngine:
     def _gather(chunk: Any) -> None:
         """Gather all weights of a chunk from the ranks that updated them (collective)."""
         chunk.start_param_sync(force_sync=True)
-        # core leaves this to the forward pass, which now finds nothing to wait for
+        # core does this in the forward pass, but after a forced sync the forward pass has nothing to wait for
         if chunk.ddp_config.overlap_param_gather:
             finish_gather(chunk.parameters())
 
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
-        """Make the model's weights readable inside; every rank holds its shard in full already (collective)."""
+        """Make the model's weights readable in the block, by finishing the parameter sync (collective)."""
         self.finish_param_sync()
         yield
 
     def close(self) -> None:
-        """Do nothing: core keeps nothing outside of its objects."""
+        """Do nothing, because core holds no resources outside of its objects."""
 
     def prepare(self) -> None:
         """Copy the gradients for the update and compute their global norm, which stays on the device (collective)."""
@@ -98,7 +98,7 @@ class MegatronEngine:
     def update(self, lr: float) -> None:
         """Clip the gradients and update every weight (collective).
 
-        A step without this call leaves no trace, neither in the moments nor in the count of updates.
+        A step that skips this call changes neither the moments nor the count of updates.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -107,7 +107,7 @@ class MegatronEngine:
         self.core.step_with_ready_grads()
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool) -> Any:
-        """Return masters and moments as sharded tensors, with the same keys for every one of core's optimizers."""
+        """Return masters and moments as sharded tensors, with keys that are the same for all of core's optimizers."""
         if self.distributed:
             self._masters = sharded_state.empty_masters(self.core) if loading else {}
             return sharded_state.sharded_state(self.core, model_state, self._masters)
@@ -121,12 +121,12 @@ class MegatronEngine:
         }
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
-        """Take over the tensors that `sharded_state` requested (collective)."""
+        """Load the tensors of a state that `sharded_state` laid out (collective)."""
         if self.distributed:
-            # the moments were read in place
+            # only masters are copied, because the moments were read in place
             sharded_state.copy_masters(self.core, self._masters)
             self._masters = {}
-            # only this rank's shards of the masters were read, and another precision's weights are rounded
+            # weights that another precision stored are rounded, and this rank has read only its shards of the masters
             self.core._copy_main_params_to_model_params()
             for chunk in self.chunks:
                 self._gather(chunk)
@@ -144,7 +144,7 @@ class MegatronEngine:
             sharded_state.set_master_weights(self.core, exact)
 
     def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's sharded tensors, with 16-bit masters in place of weights stored in FP8."""
+        """Return the model's sharded tensors, with masters rounded to 16 bits in place of weights stored in FP8."""
         return sharded_state.with_masters(self.core, model_state) if self.distributed else model_state
 
 
@@ -172,7 +172,7 @@ def build_optimizer(
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        # `MegatronEngine.update` clips
+        # no clipping in core, because `MegatronEngine.update` clips
         clip_grad=0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -209,7 +209,7 @@ def build_optimizer(
 
 
 def build_inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:
-    """Build our optimizer on whole parameters, which core or ZeRO then replaces by shards; `bind` must follow."""
+    """Build our optimizer on unsharded parameters. Core or ZeRO then replaces them by shards; `bind` must follow."""
     inner = OPTIMIZERS[optim.name](
         parameter_groups(chunks, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
         weight_decay=optim.weight_decay,
@@ -219,16 +219,16 @@ def build_inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: tor
 
 
 def trained_parameters(chunks: Sequence[Any]) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return the names and parameters that the optimizer updates."""
+    """Return the name and tensor of every parameter that the optimizer updates."""
     return [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
 
 
 def _init_state(*_: Any) -> None:
-    """Do nothing where core would allocate the state: `bind` has done so."""
+    """Do nothing. Core calls it to allocate the optimizer's state, which `bind` has already allocated."""
 
 
 def param_info(model: torch.nn.Parameter, index: int, tensor_group: Any) -> ParamInfo:
-    """Describe the whole of a parameter that tensor parallelism may split, without the rows that pad it for that."""
+    """Return the size of an unsharded parameter, without the rows that pad it for tensor parallelism."""
     split = getattr(model, "tensor_model_parallel", False)
     rows = model.shape[0] * (tensor_group.size() if split else 1)
     numel = getattr(model, "real_rows", rows) * (model.numel() // model.shape[0])
@@ -241,7 +241,10 @@ def _matrix(info: ParamInfo, name: str, p: Any, head_channels: int) -> Matrix:
 
 
 def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Yield (model parameter, fp32 tensor or shard that the inner optimizer updates) of any of core's optimizers."""
+    """Yield pairs of a model parameter and the fp32 tensor or shard that the inner optimizer updates for it.
+
+    `core` is any of core's optimizers.
+    """
     if isinstance(core, DistributedOptimizer):
         pairs = [
             (core.model_fp32_groups, core.shard_fp32_groups),
@@ -261,7 +264,7 @@ def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
 
 
 def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Return two groups: matrices, which decay, and norms and biases, which do not.
+    """Return two parameter groups: matrices with weight decay, and norms and biases without.
 
     The order is the same on every rank, and an empty group is kept.
     """
@@ -281,7 +284,7 @@ def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str
 
 
 def align_buckets(chunks: Sequence[Any]) -> None:
-    """Declare the padding of gradient buckets to be part of them.
+    """Count the padding of gradient buckets as a part of the buckets.
 
     Core's fully_reshardable state gathers buckets without their padding but slices by padded offsets
     (distrib_optimizer.py), so every tensor after a padded bucket would be saved shifted, without an error. With pp > 1

@@ -1,7 +1,7 @@
-"""Write the files by which a launch's supervisor (launch/supervisor) knows how a rank failed.
+"""Write the files that tell a launch's supervisor (launch/supervisor) how a rank failed.
 
-They lie in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written. Every status file of a rank is
-written by `write_status`: these, the heartbeat (faults/heartbeat.py), and those of RUN/watch.
+They are in the folder that ETTIN_ATTEMPT_DIR names; without that variable nothing is written. `write_status` writes
+every status file of a rank: these, the heartbeat (faults/heartbeat.py), and the files of RUN/watch.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from megatron_ettin.parallel.env import rank_of_environment
 
 FOLDER_VARIABLE = "ETTIN_ATTEMPT_DIR"
 HEARTBEAT = "heartbeat.json"
-# last lines of an error that a record keeps
+# number of last lines of an error that a record keeps
 KEPT_LINES = 12
 
 
 def report_folder() -> Path | None:
-    """Return the folder that this launch's supervisor reads; None without a supervisor."""
+    """Return the folder that this launch's supervisor reads; None if there is no supervisor."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
 
 
 def record_failure(error: BaseException, category: str = "error") -> None:
-    """Write how this rank failed to `rank_00003.json`: host, time and the last lines of the error.
+    """Write host, time and the last lines of this rank's error to a file such as `rank_00003.json`.
 
     Args:
-        error: what ended the rank.
-        category: "user" for a mistake and "stopped" for numbers, which no restart mends; otherwise "error".
+        error: the error that ended the rank.
+        category: "user" for a mistake of the user, "stopped" for a run that its numbers ended, otherwise "error". A
+            restart helps in neither of the first two cases.
     """
     folder = report_folder()
     if folder is None:
@@ -50,7 +51,7 @@ def record_failure(error: BaseException, category: str = "error") -> None:
 
 
 def record_stall(rank: int, host: str, line: str) -> None:
-    """Write that all ranks wait for this one."""
+    """Write to the file of `rank` that the other ranks wait for it; `line` says in which operation."""
     folder = report_folder()
     if folder is not None:
         _write_once(folder, rank, host, "stalled", [line])
@@ -58,13 +59,13 @@ def record_stall(rank: int, host: str, line: str) -> None:
 
 def _write_once(folder: Path, rank: int, host: str | None, category: str, lines: list[str]) -> None:
     path = folder / f"rank_{rank:05d}.json"
-    # the first failure caused the later ones
+    # keep the first failure, because it caused the later ones
     if not path.exists():
         write_status(path, rank, host, **{"kind": category, "lines": lines})
 
 
 class PeerFailureError(RuntimeError):
-    """Another rank failed. Raised on the ranks that did not, so that the supervisor finds the one that did."""
+    """Another rank failed. The other ranks raise this, so that the supervisor can tell them from the failed one."""
 
 
 def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn:
@@ -75,7 +76,7 @@ def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn
 
 
 def end_now(error: BaseException) -> NoReturn:
-    """Record and log the error and end this process, whatever it still holds."""
+    """Record and log the error, and end this process with 1 without any cleanup."""
     record_failure(error)
     log_exception(error)
     os._exit(1)
@@ -84,13 +85,13 @@ def end_now(error: BaseException) -> NoReturn:
 def write_status(path: Path, rank: int, host: str | None = None, **details: Any) -> None:
     """Replace a rank's status file, a JSON object of `rank`, `host`, `time` (seconds since 1970) and `details`.
 
-    Never raises: a heartbeat that a full disk refuses must not end a run.
+    An OSError is ignored, because a run must not end when a full disk refuses a heartbeat.
 
     Args:
         path: the file.
-        rank: the rank that it is about.
-        host: the rank's host; this one by default.
-        details: what it is about, in plain types.
+        rank: the rank that the file describes.
+        host: the rank's host; None takes this host.
+        details: further entries, in types that JSON has.
     """
     record = {"rank": rank, "host": socket.gethostname() if host is None else host, "time": time.time(), **details}
     with contextlib.suppress(OSError):
@@ -99,10 +100,11 @@ def write_status(path: Path, rank: int, host: str | None = None, **details: Any)
 
 @functools.cache
 def exit_with_parent() -> None:
-    """End this process when the one that started it has gone.
+    """Start a thread that ends this process when its parent process has ended.
 
-    A rank whose slurmstepd or torchrun agent was killed is seen by nobody, and would go on holding its GPU. A command
-    calls this first, before its large imports: a launcher that is killed meanwhile would leave another parent behind.
+    If its slurmstepd or torchrun agent is killed, nothing else would end the rank, which would keep its GPU. A command
+    calls this before its large imports: if the launcher ended during them, this process would already have another
+    parent.
     """
     threading.Thread(target=_watch_parent, args=(os.getppid(),), name="exit with parent", daemon=True).start()
 

@@ -16,15 +16,15 @@ from megatron_ettin.plan.search import Planned, RejectedLayout
 
 SECONDS_A_DAY = 86_400
 SHOWN_REASONS = 5
-# a plan warns below this
+# share of the speed of one host below which a plan warns
 LEAST_EFFICIENCY = 0.5
 SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
 def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
-    """Return days, GPU-hours and, with a price per GPU-hour, money of the whole phase.
+    """Return the days, the GPU-hours and, if there is a price per GPU-hour, the cost of the whole phase.
 
-    The empty row slots of a batch warm-up's smaller steps cost what rows do.
+    An empty row slot in a smaller step of a batch warm-up costs as much as a row.
     """
     speed = best.tokens_per_second_per_gpu * best.gpus
     rows, slots = run_row_slots(best.config, best.dp)
@@ -36,7 +36,7 @@ def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
 
 
 def parallel_yaml(best: Planned) -> str:
-    """Return the groups to put into a --config file."""
+    """Return the `parallel` and `batch` groups as YAML to paste into a --config file."""
     keys = ("tp", "pp", "vpp", "cp", "sequence_parallel", "distributed_optimizer", "overlap", "recompute")
     groups = {
         "parallel": {key: getattr(best.config.parallel, key) for key in keys},
@@ -46,7 +46,7 @@ def parallel_yaml(best: Planned) -> str:
 
 
 def layout_name(one: Planned) -> str:
-    """Return the degrees above 1, and dp: `tp 2 dp 256`."""
+    """Return the degrees above 1, and dp, such as `tp 2 dp 256`."""
     parallel = one.config.parallel
     axes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "dp": one.dp}
     return " ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp")
@@ -60,15 +60,15 @@ def print_plan(
     errors: list[dict[str, Any]],
     compared: tuple[int, float] | None,
 ) -> None:
-    """Print the fastest layouts and what follows from the best one.
+    """Print the fastest layouts, and of the best one the memory, the cost and the YAML.
 
     Args:
         layouts: the valid layouts, fastest first.
-        rejected: the others.
+        rejected: the layouts that are not valid, with their reasons.
         top: number of layouts to print.
-        price: of a GPU-hour.
-        errors: of the step model, run by run.
-        compared: GPUs of one host, and the best layout's share of their speed.
+        price: price of a GPU-hour; None prints no cost.
+        errors: errors of the step model, one for each run that it was calibrated with.
+        compared: number of GPUs of one host, and the best layout's speed per GPU as a share of that host's.
     """
     console, best = Console(soft_wrap=True, highlight=False, width=160), layouts[0]
     gpu = best.gpu
@@ -118,7 +118,7 @@ def print_plan(
 
 
 def efficiency_line(best: Planned, gpus: int, share: float) -> str:
-    """Return the line about a GPU's speed relative to one host, as a warning where little of it is left."""
+    """Return the line about a GPU's speed as a share of that on one host, as a warning if the share is small."""
     line = f"efficiency: {share:.0%} of a GPU's speed on {gpus}"
     if share >= LEAST_EFFICIENCY:
         return line
@@ -131,7 +131,10 @@ def efficiency_line(best: Planned, gpus: int, share: float) -> str:
 
 
 def advantage(layouts: list[Planned]) -> str:
-    """Return the line about how far the best layout is ahead of the best one of the other type."""
+    """Return the line that compares the best layout with the best of the other type.
+
+    One type is pure data parallelism; the other splits the model.
+    """
     best = layouts[0]
     plain = [one for one in layouts if one.gpus == one.dp]
     others = [one for one in layouts if (one.gpus == one.dp) != (best.gpus == best.dp)]
@@ -143,7 +146,7 @@ def advantage(layouts: list[Planned]) -> str:
 
 
 def summary(rejected: list[RejectedLayout]) -> list[str]:
-    """Group layouts by the reason that they share, and name the first few of each."""
+    """Return one line for each reason of rejection, with the first few layouts that share it."""
     by_reason: dict[str, list[str]] = {}
     for one in rejected:
         by_reason.setdefault(one.reason, []).append(one.layout)
@@ -151,7 +154,7 @@ def summary(rejected: list[RejectedLayout]) -> list[str]:
 
 
 def calibration_lines(errors: list[dict[str, Any]]) -> list[str]:
-    """Return one line per run about the model's error for it."""
+    """Return one line for each calibration run, with the predicted and the measured speed."""
     return [
         f"calibration: {row['run']}: {row['predicted']:,.0f} predicted, {row['measured']:,.0f} measured"
         f" ({row['error_percent']:+.1f} %)"

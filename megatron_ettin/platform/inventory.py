@@ -1,6 +1,6 @@
 """List the GPUs of this host and the packages that make them fast, as plain values.
 
-Only `transformer_engine_error` and `core_error` import such a package, which takes seconds.
+Only `transformer_engine_error` and `core_error` import a large package, which takes seconds.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Gpu:
     capability: str
     """Compute capability, such as "9.0"."""
     supported: bool
-    """Whether this torch has kernels for it."""
+    """True if this torch has kernels for it."""
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs that torch sees; an empty list if it sees none, for whatever reason."""
+    """Return the GPUs that torch sees; an empty list if it sees none."""
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -49,7 +49,8 @@ def gpus() -> list[Gpu]:
 def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
     """Return whether one of torch's architectures runs on this compute capability.
 
-    Machine code (sm) runs on its generation if not newer, intermediate code (compute) on all that are not older.
+    Machine code (sm) runs on GPUs of its own generation that are not older. Intermediate code (compute) runs on GPUs of
+    any generation that are not older.
     """
     for name in built_for:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
@@ -81,7 +82,7 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
 
 
 def collectives() -> str:
-    """Return the communication library of the ranks: NCCL and its version on GPUs, else gloo or none."""
+    """Return the communication library of the ranks: NCCL with its version on GPUs, otherwise gloo or none."""
     if torch.cuda.is_available():
         version: Any = torch.cuda.nccl.version()
         return "NCCL " + ".".join(map(str, version))
@@ -94,7 +95,7 @@ def has_infiniband(folder: Path = Path("/sys/class/infiniband")) -> bool:
 
 
 def apex_package() -> str | None:
-    """Return `nvidia`, `other` (PyPI's package of that name is a toolkit for web sites), or None if Apex is missing."""
+    """Return `nvidia`, `other`, or None if Apex is missing. PyPI's `apex` is a toolkit for web sites: `other`."""
     if find_spec("fused_weight_gradient_mlp_cuda") is not None:
         return "nvidia"
     spec = find_spec("apex")
@@ -105,24 +106,24 @@ def apex_package() -> str | None:
 
 
 def apex_adds_gradients() -> bool:
-    """Return whether Apex has the one part that is used here: products that add to a weight's gradient."""
+    """Return whether Apex has its fused weight-gradient accumulation, the one part that is used here."""
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def transformer_engine_error() -> str | None:
-    """Return why Transformer Engine cannot be imported, None if it can. Takes seconds."""
+    """Return why Transformer Engine cannot be imported; None if it can. The import takes seconds."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    # its empty package raises RuntimeError
+    # any exception, because the empty package of that name raises RuntimeError
     except Exception as error:
         return _describe(error)
     return None
 
 
 def core_error() -> str | None:
-    """Return why Megatron-Core cannot be imported, None if it can. Takes seconds."""
+    """Return why Megatron-Core cannot be imported; None if it can. The import takes seconds."""
     with warnings.catch_warnings():
-        # it warns about every optional package it does not find
+        # core warns about every optional package that it does not find
         warnings.simplefilter("ignore")
         try:
             import megatron.core.tensor_parallel  # noqa: F401
@@ -136,7 +137,7 @@ def _describe(error: Exception) -> str:
 
 
 def core_helper_compiled() -> bool:
-    """Return whether Megatron-Core's own dataset helper is compiled, which nothing here uses."""
+    """Return whether Megatron-Core's own dataset helper is compiled. This package does not use it."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         files = metadata.files("megatron-core") or []
         return any("helpers_cpp" in file.name and file.suffix == ".so" for file in files)

@@ -1,7 +1,8 @@
-"""Check one node before the run: started alone on each node, prints `NODE ok` or `NODE: what is wrong`.
+"""Check one node before the run, as a script that runs once on each node.
 
-The argument is a JSON object with "names" (hosts that must resolve), "files" (that must be visible), "programs",
-"paths" (folders that must be writable) and "min_free_gib".
+It prints `NODE ok`, or a line `NODE: PROBLEM` for each problem.
+The argument is a JSON object with "names" (hosts that must resolve), "files" (that must exist on this node), "programs"
+(that must be found), "paths" (folders that must be writable) and "min_free_gib" (GiB that each of them must have free).
 """
 
 import json
@@ -16,12 +17,12 @@ GIB = float(1 << 30)
 
 
 def node_name() -> str:
-    """Return the node's name as SLURM has it."""
+    """Return the name that SLURM gives this node, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def find_problems(wanted: Dict[str, Any]) -> List[str]:
-    """Return what is wrong on this node, a line each."""
+    """Return the problems of this node, one line each; empty if there is none."""
     problems = []
     for name in wanted["names"]:
         try:
@@ -40,7 +41,7 @@ def find_problems(wanted: Dict[str, Any]) -> List[str]:
 
 
 def disk_problems(path: str, min_free_gib: float) -> List[str]:
-    """Return why files cannot be written in `path`, or that too little room is left."""
+    """Return at most one line: why `path` cannot be written, or that it has too little free space."""
     probe = os.path.join(path, ".tmp-probe-{}-{}".format(node_name(), os.getpid()))
     try:
         os.makedirs(path, exist_ok=True)
