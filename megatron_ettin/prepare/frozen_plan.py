@@ -1,8 +1,8 @@
 """Freeze the settings, the inputs and the tasks of an unfinished dataset in prepare.json, at the first launch.
 
-Whoever goes on with it, with any number of workers and any executor, works off these tasks: task 17 is the same bytes
-of the same files for ever, which is what a record "task 17 is done" means. Inputs that changed since are refused by
-name; `--replan` cuts the work anew and keeps the finished tasks whose input is what it was.
+Every later launch, with any number of workers and any executor, works on these tasks. Task 17 always means the same
+bytes of the same files, so the record "task 17 is done" stays true. An input that has changed since is refused by name.
+`--replan` makes new tasks and keeps the finished ones whose input has not changed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ VERSION = 1
 
 
 def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan: bool) -> list[Task]:
-    """Return the tasks of this work: those frozen before, else cut now and frozen.
+    """Return the frozen tasks of a work folder; if there are none, make tasks and freeze them.
+
+    Args:
+        work: the work folder of the dataset.
+        settings: the settings of `ettin prepare` that decide the content.
+        files: the input files, in order.
+        replan: whether to make new tasks if settings or inputs have changed.
 
     Raises:
-        UserError: a plan with finished tasks was made for other settings or inputs.
+        UserError: without `replan`, a plan with finished tasks was made for other settings or inputs.
     """
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
@@ -46,7 +52,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
                 f"{work}: begun with other settings or inputs: {difference}; run what it was begun with, or add "
                 "--replan: finished tasks whose input did not change are kept"
             )
-        # shards under the numbers of the old plan
+        # these shards are numbered by the old plan
         shutil.rmtree(work / "dataset", ignore_errors=True)
         shutil.rmtree(work / "errors", ignore_errors=True)
         kept = keep_unchanged(work, stored, wanted, tasks)
@@ -58,7 +64,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
 
 
 def read_plan(work: Path) -> dict[str, Any] | None:
-    """Return the content of prepare.json; None where it is missing or cannot be read."""
+    """Return the content of prepare.json; None if it is missing, unreadable or of another version."""
     try:
         stored: dict[str, Any] = load_json((work / FILE_NAME).read_text(encoding="utf-8"))
         return stored if stored["version"] == VERSION else None
@@ -68,7 +74,7 @@ def read_plan(work: Path) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=1)
 def load_tasks(work: Path) -> list[Task]:
-    """Read the frozen tasks, once in a worker process. Raises UserError where they are gone."""
+    """Read the frozen tasks, once in each worker process. Raises UserError if there are none."""
     stored = read_plan(work)
     if stored is None:
         raise UserError(f"{work / FILE_NAME}: missing or damaged; run `ettin prepare` again")
@@ -76,7 +82,7 @@ def load_tasks(work: Path) -> list[Task]:
 
 
 def packed(tasks: list[Task], files: list[InputFile]) -> dict[str, Any]:
-    """Return the tasks by the numbers of their files, so that a corpus of 100,000 files names each once."""
+    """Return the tasks as JSON that refers to files by number, so that 100,000 files are named only once each."""
     number = {file: i for i, file in enumerate(files)}
     cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
     return {"num_tasks": len(tasks), "tasks": cut}
@@ -92,7 +98,7 @@ def tasks_of(stored: dict[str, Any]) -> list[Task]:
 
 
 def any_finished(work: Path, stored: dict[str, Any]) -> bool:
-    """Return whether a task of the stored plan has a record."""
+    """Return whether any task of the stored plan has a record, which means that it is finished."""
     return any(record_path(work, i).is_file() for i in range(stored["num_tasks"]))
 
 
@@ -117,10 +123,16 @@ def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], tasks: list[Task]) -> int:
-    """Drop what finished tasks left unless the new plan has the very same task.
+    """Remove the records and shards of finished tasks, except of tasks that the new plan has unchanged.
+
+    Args:
+        work: the work folder.
+        stored: the old plan.
+        wanted: settings and inputs of the new plan.
+        tasks: tasks of the new plan.
 
     Returns:
-        The number of tasks that are kept.
+        The number of finished tasks that are kept.
     """
     before = tasks_of(stored)
     kept = 0
@@ -137,7 +149,7 @@ def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], t
 
 
 def is_whole(work: Path, index: int) -> bool:
-    """Return whether a finished task's shards are there, with the sizes of its record."""
+    """Return whether all shards of a finished task exist with the sizes in its record."""
     try:
         record = load_json(record_path(work, index).read_text(encoding="utf-8"))
         return all(
@@ -150,7 +162,7 @@ def is_whole(work: Path, index: int) -> bool:
 
 
 def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) -> str:
-    """Describe how settings or inputs differ from the frozen ones; empty where they do not or none are frozen."""
+    """Describe the first difference to the frozen settings and inputs; empty if there is none or nothing is frozen."""
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
     if stored is None or {key: stored.get(key) for key in wanted} == wanted:
@@ -159,22 +171,22 @@ def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) 
 
 
 def stored_file(file: InputFile) -> dict[str, Any]:
-    """Return a file as prepare.json has it, where its format is under `kind`."""
+    """Return a file as an entry of prepare.json, which has its format under `kind`."""
     return {"kind" if key == "format" else key: value for key, value in asdict(file).items()}
 
 
 def restored_file(raw: dict[str, Any]) -> InputFile:
-    """Return the file that `stored_file` described."""
+    """Return the file of an entry that `stored_file` made."""
     return InputFile(**{"format" if key == "kind" else key: value for key, value in raw.items()})
 
 
 def wanted_plan(settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any]:
-    """Return what a plan of these settings and inputs is compared by."""
+    """Return the version, settings and inputs, which must equal those of a stored plan for it to be valid."""
     return {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [stored_file(f) for f in files]}
 
 
 def empty(work: Path) -> None:
-    """Remove what another plan left."""
+    """Remove everything but the lock from the work folder."""
     for entry in work.iterdir():
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

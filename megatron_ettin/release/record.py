@@ -1,6 +1,6 @@
-"""Write and read release.json of a revision: what it was made from, and every file with its size and sha256.
+"""Write and read release.json of a revision, which lists its source, and every file with its size and sha256.
 
-A second `ettin release` reads it to keep what is there; a user who downloads a revision can check the files by it.
+A second `ettin release` reads it to keep finished revisions. A user who downloads a revision can check its files.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_ettin.release.chain import Revision
 
 RECORD = "release.json"
 WORK = ".work"
-"""Folder in the release for what is being made; it is removed at the end."""
+"""Folder in the release for unfinished revisions; it is removed at the end."""
 FORMAT = 2
-"""Format of a revision's content; revisions of another format are made anew."""
+"""Version of the format of a revision's content; a revision of another version is made again."""
 
 
 @dataclass(frozen=True)
 class ReleaseOptions:
-    """Options that decide the bytes of a revision, besides its checkpoint."""
+    """Options that, together with the checkpoint, decide the bytes of a revision."""
 
     name: str
     dtype: str = "float32"
@@ -38,9 +38,10 @@ class ReleaseOptions:
 
 
 def source_identity(revision: Revision) -> str:
-    """Return a digest of the contents of a revision's checkpoint.
+    """Return a digest that identifies the content of a revision's checkpoint.
 
-    integrity.json holds the sha256 of every file of a checkpoint. Initial weights are a function of seed and shape.
+    It is the sha256 of integrity.json, which holds the sha256 of every file. A revision of the initial weights has no
+    checkpoint, so its digest is that of the seed, the shape and the other keys that decide the weights.
 
     Raises:
         UserError: integrity.json is not readable.
@@ -58,7 +59,7 @@ def source_identity(revision: Revision) -> str:
 
 
 def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, Any]:
-    """Return the record that the revision should have, without its files."""
+    """Return the record that the revision should have, without the list of files."""
     return {
         **{"format": FORMAT, "revision": revision.name, "phase": revision.phase, "step": revision.step},
         **{"tokens": revision.tokens, "total_tokens": revision.total_tokens, "source": source_identity(revision)},
@@ -68,7 +69,7 @@ def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, An
 
 
 def write_record(folder: Path, expected: dict[str, Any]) -> None:
-    """Write the record of a finished folder and force all its files to the disk."""
+    """Write the record of a finished folder, with the list of its files, and force all files to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
@@ -79,13 +80,13 @@ def write_record(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a released folder; empty where there is none that can be read."""
+    """Return the record of a released folder; empty if it has no readable one."""
     record = read_json_object(folder / RECORD)
     return record if isinstance(record.get("files"), dict) else {}
 
 
 def is_complete(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
-    """Return whether every file of the record is there in its size and, with `checksums`, in its bytes."""
+    """Return whether every file of the record exists with its size and, if `checksums` is set, with its sha256."""
     for name, entry in record["files"].items():
         path = path_in(folder, name, folder / RECORD, nested=True)
         if not path.is_file() or path.stat().st_size != entry["bytes"]:

@@ -1,4 +1,4 @@
-"""Write the parts of a run's page that are text and tables; all text of files goes through `escaped`."""
+"""Write the text and the tables of a run's page as HTML. Text that comes from files goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_ettin.runs.chain import LAST_STEPS, SECONDS_AN_HOUR, PhaseChain, f
 from megatron_ettin.runs.directory import RunDirectory
 
 NONE = "none"
-# rows of a table of launches or bad steps
+# largest number of launches of a run, or of bad steps, in a table
 MOST_ROWS = 200
 VERDICTS = {
     "PAIRED": "Same shape, data order, schedule, optimizer and batch; same rows, tokens and updates at every common"
@@ -35,15 +35,15 @@ def table(
     quiet: bool = False,
     none: str = "",
 ) -> str:
-    """Return a table.
+    """Return an HTML table.
 
     Args:
-        caption: its caption, as HTML.
-        heads: of the columns.
+        caption: caption, as HTML.
+        heads: heads of the columns.
         rows: cells of each row, as HTML.
-        numbers: columns that align to the right.
-        quiet: whether a heading above has the caption's text.
-        none: text in place of a table without rows.
+        numbers: indices of the columns that are aligned to the right.
+        quiet: whether to hide the caption from the eye, because a heading above has the same text.
+        none: text that replaces a table without rows; if it is empty, the table is returned without rows.
     """
     if none and not rows:
         return _soft(none)
@@ -59,17 +59,17 @@ def table(
 
 
 def number(value: float | None, form: str = ",") -> str:
-    """Return a number in a format; empty where it is not known."""
+    """Return a number in the format `form`; an empty text if it is None."""
     return "" if value is None else format(value, form)
 
 
 def count(value: float | None) -> str:
-    """Return a count such as 1.7T; empty where it is not known."""
+    """Return a count such as 1.7T; an empty text if it is None."""
     return "" if value is None else format_count(round(value))
 
 
 def size(value: int | None) -> str:
-    """Return bytes in GiB, MiB or KiB; empty where they are not known."""
+    """Return a size in GiB, MiB or KiB; an empty text if it is None."""
     if value is None:
         return ""
     for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -79,7 +79,7 @@ def size(value: int | None) -> str:
 
 
 def cards(models: Sequence[PhaseChain]) -> str:
-    """Return the figures of each model at a glance."""
+    """Return the overview of each model: a heading and its figures as cards."""
     parts = []
     for model in models:
         shown = "".join(
@@ -90,7 +90,10 @@ def cards(models: Sequence[PhaseChain]) -> str:
 
 
 def _validation(model: PhaseChain) -> tuple[str, str]:
-    """Return the newest loss on held-out data and the lowest of its phase, named where a later one has none."""
+    """Return the newest validation loss, and a note with the lowest one of the same phase.
+
+    The note names the phase if it is not the last one, because later phases have no validation loss.
+    """
     for run in reversed(model.runs):
         known = run.metrics.known("validation_loss")
         if len(known):
@@ -173,7 +176,7 @@ def _check(check: Check) -> Sequence[str]:
 
 
 def data(models: Sequence[PhaseChain]) -> str:
-    """Return the tokens read by dataset and source."""
+    """Return the table of tokens read, by dataset and source."""
     parts = ["<h2>Data consumed</h2>"]
     heads = ("Source", "Share", "", "Tokens", "Epochs")
     for model in models:
@@ -198,7 +201,7 @@ def _consumed(one: facts.Consumed, name: str) -> tuple[str, ...]:
 
 
 def layout(models: Sequence[PhaseChain]) -> str:
-    """Return the layout of each phase."""
+    """Return the table with the layout of each phase."""
     heads = ("Model", "Phase", "Layout", "Ranks", "Micro-batch", "Precision", "Device", "Attention", "Engine")
     rows = []
     for model, phase, run in _runs(models):
@@ -214,7 +217,7 @@ def layout(models: Sequence[PhaseChain]) -> str:
     return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
 
 
-# keys of a launch's record that are not shown, and those with a column of their own; the others share one
+# keys of a launch's record that are not shown; keys that have a column of their own follow, all others share one
 _NOT_SHOWN = ("model_of_weights", "init_from_relative")
 _LAUNCH = {
     "time": "Time",
@@ -227,7 +230,7 @@ _LAUNCH = {
 
 
 def environment(models: Sequence[PhaseChain]) -> str:
-    """Return the launches, each with the software it ran on, and the hosts that are known."""
+    """Return the table of launches, with the software that each ran on, and the names of known hosts."""
     rows, notes = [], []
     for model, phase, run in _runs(models):
         for launch in run.launches[-MOST_ROWS:]:
@@ -235,7 +238,7 @@ def environment(models: Sequence[PhaseChain]) -> str:
             others = [key for key, value in launch.items() if key not in hidden and value is not None]
             time, *cells = (escaped(_plain(launch.get(key)), key) for key in _LAUNCH)
             cells.append(", ".join(f"{escaped(key)} {escaped(_plain(launch[key]), key)}" for key in others))
-            # a cell that breaks anywhere, so that a long path does not push others off the page
+            # this class lets the text break anywhere, so that a long path does not push other cells off the page
             wrapped = (f"<span class=any>{cell}</span>" for cell in cells)
             rows.append([model, phase, time.replace("T", " ", 1), *wrapped])
         unreadable, hosts = run.metrics.unreadable_lines, run.metrics.slowest_hosts
@@ -263,7 +266,7 @@ def _plain(value: Any) -> str:
 
 
 def bad_steps(models: Sequence[PhaseChain]) -> str:
-    """Return the bad steps, with their reasons and documents; empty where there is none."""
+    """Return the table of bad steps, with their reasons and documents; an empty text if there is none."""
     rows = []
     for model, phase, run in _runs(models):
         for step in sorted({*run.metrics.bad_steps, *run.bad_steps}):
@@ -278,7 +281,7 @@ def bad_steps(models: Sequence[PhaseChain]) -> str:
 
 
 def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
-    """Return what the runs have saved, whether it is whole, and its parity with transformers."""
+    """Return the table of checkpoints and milestones: whether each is whole, and its parity with transformers."""
     exports = facts.exported(models, releases)
     rows = []
     for model, phase, run in _runs(models):
@@ -295,7 +298,7 @@ def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
 
 
 def configuration(models: Sequence[PhaseChain]) -> str:
-    """Return the configuration of each phase, folded."""
+    """Return the configuration of each phase, in elements that a reader unfolds."""
     parts = ["<h2>Configuration</h2>"]
     for index, (model, phase, run) in enumerate(_runs(models)):
         rows = [
@@ -314,5 +317,5 @@ def _soft(text: str) -> str:
 
 
 def _runs(models: Sequence[PhaseChain]) -> list[tuple[str, str, RunDirectory]]:
-    """Return model, phase and record of every run, the names as HTML."""
+    """Return model name, phase name and run directory of every run, the names as HTML."""
     return [(escaped(model.name), escaped(run.phase), run) for model in models for run in model.runs]

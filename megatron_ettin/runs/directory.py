@@ -1,11 +1,11 @@
 """Read a run directory, and find run directories in folders: the one reader for all commands.
 
-A run directory has config.yaml (the resolved configuration), order.json (the data order), history.jsonl (an object a
-launch; the first says where the run began), metrics.jsonl (an object a step), bad_steps.jsonl and checkpoints/. The
-folder of `--phase all` holds a run directory for each phase and is none itself.
+A run directory has config.yaml (the resolved configuration), order.json (the data order), history.jsonl (an object for
+each launch; the first names the weights that the run began from), metrics.jsonl (an object for each step),
+bad_steps.jsonl and checkpoints/. The folder of `--phase all` holds a run directory for each phase and is none itself.
 
-A run may be training meanwhile, or never have begun. `ettin status` reads often: this module imports neither torch nor
-numpy nor OmegaConf; what needs them is imported where it is used.
+The run may be training while its directory is read, or may never have begun. `ettin status` starts often, so this
+module imports neither torch nor numpy nor OmegaConf; functions that need them import them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from megatron_ettin.metrics.columns import MetricColumns
 
 CONFIG, ORDER, HISTORY, ROLLED_BACK = "config.yaml", "order.json", "history.jsonl", "rolled_back.json"
-# in the order in which one model is trained; `--phase all` trains the first three
+# the phases in the order in which a model is trained; `--phase all` trains the first three
 PHASE_ORDER = ("pretrain", "extend", "decay", "cross")
 CHAIN = PHASE_ORDER[:3]
-# a folder of `ettin launch`, in a run or above it
+# name of the folder that `ettin launch` writes, in a run directory or above it
 SUBMISSIONS = "slurm"
-# levels below a folder at which runs are looked for: MODEL/PHASE, and a folder of models
+# number of levels below a folder that are searched for runs: a folder of models, MODEL, PHASE
 DEPTH = 3
-# numbers in a step's line
+# keys whose values in a step's line must be numbers
 NUMBERS = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "updates")
 
 
 class RunDirectory:
-    """One run directory. A file is read when it is first needed and kept; a new object reads it again.
+    """One run directory. Each file is read when it is first needed, and cached; a new object reads it again.
 
-    Properties that raise UserError say so. All others leave out what is missing, torn or damaged.
+    A property that raises UserError says so. All others leave out data that is missing, torn or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class RunDirectory:
         return (self.path / CONFIG).exists()
 
     def check_begun(self) -> None:
-        """Raise UserError where the folder has no config.yaml."""
+        """Raise UserError if the folder has no config.yaml."""
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path}: no run directory (it has no config.yaml)")
 
@@ -73,12 +73,12 @@ class RunDirectory:
 
     @cached_property
     def stored_groups(self) -> dict[str, Any]:
-        """Return the groups of config.yaml by the names of the version that wrote them. Raises UserError."""
+        """Return the groups of config.yaml, with the key names of the version that wrote it. Raises UserError."""
         return read_stored_config(self.path)
 
     @cached_property
     def groups(self) -> dict[str, Any]:
-        """Return the groups of config.yaml by the current names of keys. Raises UserError."""
+        """Return the groups of config.yaml, with the current key names. Raises UserError."""
         from megatron_ettin.config.overrides import upgrade_keys
 
         groups = copy.deepcopy(self.stored_groups)
@@ -86,30 +86,30 @@ class RunDirectory:
         return groups
 
     def setting(self, group: str, key: str) -> Any:
-        """Return a value of the configuration; None where it has none. Raises UserError."""
+        """Return the value of a key in config.yaml; None if it is absent. Raises UserError."""
         settings = self.groups.get(group)
         return settings.get(key) if isinstance(settings, dict) else None
 
     @property
     def objective(self) -> str:
-        """Return the objective by its name. Raises UserError."""
+        """Return the name of the objective. Raises UserError."""
         return str(self.setting("run", "objective") or "?")
 
     @property
     def phase(self) -> str:
-        """Return the phase by its name. Raises UserError."""
+        """Return the name of the phase. Raises UserError."""
         return str(self.setting("run", "phase") or "?")
 
     @property
     def model_name(self) -> str:
-        """Return the model's size, or its parameter count where it has another shape. Raises UserError."""
+        """Return the model's published size, or its parameter count if it has another shape. Raises UserError."""
         return short_name(self.setting("run", "size"), self.groups.get("model"))
 
     @cached_property
     def science(self) -> dict[str, object]:
         """Return the science keys that config.yaml fixes. Raises UserError.
 
-        The keys of the anomaly detector are left out where the file's version did not fix them.
+        The keys of the anomaly detector are left out if the version that wrote the file did not fix them.
         """
         from megatron_ettin.config.schema import GUARD_KEYS, science_keys
 
@@ -131,17 +131,17 @@ class RunDirectory:
 
     @property
     def torn_launches(self) -> list[int]:
-        """Return the numbers of the lines of history.jsonl that a full disk or a kill has torn."""
+        """Return the line numbers of the torn lines in history.jsonl, which a full disk or a kill leaves."""
         return self._history[1]
 
     @property
     def first_launch(self) -> dict[str, Any] | None:
-        """Return the first launch's record; None where the run has not begun or its record cannot be read."""
+        """Return the first launch's record; None if the run has not begun or the record cannot be read."""
         return self.launches[0] if self.launches and 1 not in self.torn_launches else None
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
-        """Return the launches after the first that began before the last recorded step, so trained something."""
+        """Return the launches after the first that have trained a step: they began before the last recorded step."""
         last = int(self.metrics.steps[-1]) if len(self.metrics.steps) else 0
         return [one for one in self.launches[1:] if not (isinstance(one.get("step"), int) and one["step"] >= last)]
 
@@ -155,9 +155,9 @@ class RunDirectory:
 
     @property
     def origins(self) -> list[Path]:
-        """Return where the run or checkpoint that this one began from may be: at its path, or relative to this one.
+        """Return the paths at which the run or checkpoint may be that this run began from.
 
-        The relative path leads to runs that were moved together with this one.
+        They are its recorded path, and its path relative to this run, which is right if both were moved together.
         """
         first = self.first_launch or {}
         recorded, relative = first.get("init_from"), first.get("init_from_relative")
@@ -170,7 +170,7 @@ class RunDirectory:
         """Return the run or checkpoint that this one began from, which may be gone; None for initial weights."""
         if self.origins:
             return next((path for path in self.origins if path.is_dir()), self.origins[0])
-        # runs of before 0.2 recorded a sentence: `weights [and optimizer] of PATH`
+        # before version 0.2 a run recorded a sentence: `weights [and optimizer] of PATH`
         _, separator, path = str((self.first_launch or {}).get("from", "")).partition(" of ")
         return Path(path) if separator else None
 
@@ -180,7 +180,7 @@ class RunDirectory:
         return read_json_object(self.path / ORDER)
 
     def check_order(self) -> None:
-        """Raise UserError where there is an order.json that cannot be read."""
+        """Raise UserError if order.json exists and cannot be read."""
         path = self.path / ORDER
         if self.order or not path.exists():
             return
@@ -193,7 +193,7 @@ class RunDirectory:
 
     @property
     def fingerprint(self) -> str | None:
-        """Return the fingerprint of the data order before rows are left out of it; None where none is recorded."""
+        """Return the fingerprint of the data order before `data.skip` is applied; None if none is recorded."""
         known = self.order.get("unskipped_fingerprint", self.order.get("fingerprint"))
         return known if isinstance(known, str) else None
 
@@ -211,9 +211,9 @@ class RunDirectory:
 
     @cached_property
     def steps(self) -> dict[int, dict[str, Any]]:
-        """Return each step's line in metrics.jsonl, ascending; evaluations have no line here. Raises UserError.
+        """Return the line of each step in metrics.jsonl by step, ascending, without evaluations. Raises UserError.
 
-        Values that should be numbers and are not are left out, as if they had not been recorded.
+        A value that should be a number and is none is left out, as if it had not been recorded.
         """
         lines = [line for line in read_metrics(self.path / METRICS_FILE) if _is_count(line.get("step"))]
         steps = {line["step"]: _without_wrong_numbers(line) for line in lines if _is_count(line.get("tokens"), least=1)}
@@ -221,15 +221,15 @@ class RunDirectory:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens trained on."""
+        """Return the number of tokens trained on."""
         known = self.metrics.known("tokens")
         return int(known.max()) if len(known) else 0
 
     @cached_property
     def skipped_updates(self) -> list[int]:
-        """Return the steps whose updates were left out. Raises UserError.
+        """Return the steps whose updates were skipped. Raises UserError.
 
-        Lines of older versions have no `updated`; a step that they call skipped was left out.
+        A line of an older version has no `updated`; there, `bad` begins with "skipped".
         """
         return [
             step
@@ -247,7 +247,7 @@ class RunDirectory:
 
     @property
     def saved_skips(self) -> tuple[int, int] | None:
-        """Return the step of the newest checkpoint that counts skipped updates, and its count."""
+        """Return (step, skipped updates) of the newest checkpoint that records their number; None if none does."""
         for checkpoint in reversed(list_checkpoints(self.path)):
             try:
                 count = read_progress(checkpoint).get("skipped")
@@ -259,10 +259,10 @@ class RunDirectory:
 
     @cached_property
     def bad_steps(self) -> dict[int, dict[str, Any]]:
-        """Return the entries of bad_steps.jsonl by step, without those of steps that were taken back.
+        """Return the entries of bad_steps.jsonl by step, without those of steps that were rolled back.
 
-        A step that a launch trained again is bad if its new line in metrics.jsonl says so. One that ended its launch
-        has no line there; it stands until a later launch has begun before it.
+        A step that was trained again is bad only if its new line in metrics.jsonl says so. A step that ended its launch
+        has no line there; its entry counts until a later launch has begun at an earlier step.
         """
         bad, recorded = self.metrics.bad_steps, set(self.metrics.steps.astype(int).tolist())
         began = [(_seconds_of(launch.get("time")), launch.get("step")) for launch in self.launches]
@@ -290,9 +290,9 @@ class RunDirectory:
 
     @property
     def dataset_shares(self) -> list[tuple[str, float | None]]:
-        """Return each dataset's path and its share of the run's tokens; None where that is not known.
+        """Return each dataset's path and its share of the run's tokens; the share is None if it is not known.
 
-        Shares are those of the configuration, or else follow from the sizes of the datasets.
+        Shares are those of the configuration. If it has none, they follow from the sizes of the datasets.
 
         Raises:
             UserError: the configuration cannot be read.
@@ -313,13 +313,13 @@ class RunDirectory:
 
     @property
     def submission_folders(self) -> list[Path]:
-        """Return the folders in which `ettin launch` may have recorded jobs of this run, nearest first."""
+        """Return the folders that may hold the records of `ettin launch` about this run's jobs, nearest first."""
         path = self.path.absolute()
         return [above / SUBMISSIONS for above in (path, *path.parents[:2])]
 
     @property
     def rolled_back_lines(self) -> int:
-        """Return the number of steps that were trained again after a roll-back or a restart."""
+        """Return the number of steps whose lines a rollback or a restart has moved out of metrics.jsonl."""
         return sum(1 for _ in read_json_lines(self.path / ROLLED_BACK_FILE))
 
 
@@ -335,7 +335,7 @@ def _without_wrong_numbers(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seconds_of(time: Any) -> float:
-    """Return the seconds since 1970 of a launch's time; 0 where it is none."""
+    """Return a launch's time in seconds since 1970; 0 if it is not a time."""
     try:
         return datetime.strptime(str(time), "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except ValueError:
@@ -345,8 +345,8 @@ def _seconds_of(time: Any) -> float:
 def fixes_guard(stored_groups: Mapping[str, Any]) -> bool:
     """Return whether the version that stored a configuration fixed the keys of the anomaly detector for a run.
 
-    Older ones judged spikes by the mean and standard deviation of loss and norm. Such a run continues under the new
-    rule, and only its record shows which of its updates were left out.
+    Older versions judged spikes by the mean and standard deviation of loss and gradient norm. A run of theirs continues
+    under the new rule, and only its record shows which of its updates were skipped.
     """
     return "spike_ratio" in (stored_groups.get("resilience") or {})
 
@@ -355,9 +355,9 @@ def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEP
     """Yield a folder that is a run directory, or the run directories below it, and warn of unreadable folders.
 
     Args:
-        folder: where to look.
-        marks: files of which a run directory has at least one.
-        depth: levels below `folder` to look at.
+        folder: folder to search.
+        marks: names of files; a folder with at least one of them counts as a run directory.
+        depth: number of levels below `folder` to search.
     """
     try:
         if any((folder / name).is_file() for name in marks):
@@ -365,7 +365,7 @@ def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEP
             return
         inside = sorted(path for path in folder.iterdir() if path.is_dir()) if depth and folder.is_dir() else []
     except OSError as error:
-        # another user's folder must not hide one's own
+        # only warn, so that an unreadable folder of another user does not hide the user's own runs
         log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; skipped")
         return
     for below in inside:
@@ -374,14 +374,14 @@ def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEP
 
 
 def phases_in(folder: Path) -> list[Path]:
-    """Return the run directories of the phases that have begun in a chain's folder, in order; none of other folders."""
+    """Return the run directories of the phases that have begun in a chain's folder, in order; empty if it is none."""
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         return []
     return [folder / phase for phase in CHAIN if (folder / phase / CONFIG).is_file()]
 
 
 def last_phase(path: Path) -> Path:
-    """Return the last phase's run directory where `path` is a chain's folder, and say so; `path` itself elsewhere."""
+    """Return the last phase's run directory if `path` is a chain's folder, and log that; otherwise return `path`."""
     phases = phases_in(path)
     if not phases:
         return path

@@ -1,4 +1,4 @@
-"""Step a model by hand, from scripts and notebooks: the part of `megatron_ettin.api` that holds a model.
+"""Step a model by hand from scripts and notebooks. `megatron_ettin.api` exports these names.
 
 Importing this module is cheap; torch and Megatron-Core are imported when a model is built.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Model:
-    """A model with its optimizer, or this rank's part of it under torchrun or srun. Made by `build_model`."""
+    """A model with its optimizer, or under torchrun or srun this rank's part of it. `build_model` makes it."""
 
     config: Config
     """The run's configuration."""
@@ -45,12 +45,12 @@ class Model:
 
     @property
     def module(self) -> torch.nn.Module:
-        """First model chunk of this rank: the whole model, unless there are pipeline stages."""
+        """First model chunk of this rank, which is the whole model unless it is split over pipeline stages."""
         return self.train_state.model_chunks[0]
 
     @functools.cached_property
     def batches(self) -> Batches:
-        """Micro-batches that the run's steps train on."""
+        """Micro-batches of the run's steps on this rank's device."""
         from megatron_ettin.batching.batches import Batches
         from megatron_ettin.train.job import open_training_data
 
@@ -58,16 +58,16 @@ class Model:
         return Batches.of(self.config, open_training_data(self.config), train_state.layout, train_state.platform.device)
 
     def logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Compute the logits of lists of tokens, each a document of its own.
+        """Compute the logits of lists of token ids, each a document of its own.
 
         Args:
             token_lists: token ids; the lists may differ in length.
 
         Returns:
-            For each list of n tokens a tensor [n, vocabulary], on the model's device.
+            A tensor [n, vocabulary] for each list of n tokens, on the model's device.
 
         Raises:
-            UserError: under more than one rank.
+            UserError: there is more than one rank.
         """
         from megatron_ettin.evaluate.inference import compute_logits
 
@@ -80,14 +80,14 @@ class Model:
 
 @contextlib.contextmanager
 def build_model(config: Config, checkpoint: str | PathLike[str] | None = None) -> Iterator[Model]:
-    """Build the model of a run (collective). Use it in a `with`, one model at a time.
+    """Build the model of a run for a `with` block (collective). Only one model can exist at a time.
 
-    Megatron-Core keeps its process groups globally; they are destroyed after the `with`.
+    Megatron-Core keeps its process groups in globals, which are destroyed after the block.
 
     Args:
         config: the run.
-        checkpoint: weights to load: a checkpoint, a run (its latest checkpoint) or a Hugging Face folder. None: the
-            run's initial weights.
+        checkpoint: a checkpoint, a run (its latest checkpoint) or a Hugging Face folder to load weights from. None
+            takes the run's initial weights.
 
     Yields:
         The model, in training mode, at step 0.
@@ -125,7 +125,7 @@ def run_step(model: Model, lr: float | None = None) -> StepResult:
 
     Args:
         model: from `build_model`; its `step` and `tokens` advance.
-        lr: learning rate of this step; None: the schedule's.
+        lr: learning rate of this step; None takes that of the schedule.
 
     Returns:
         Loss, gradient norm, counts and seconds of the step, equal on every rank.
