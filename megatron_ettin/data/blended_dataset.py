@@ -37,7 +37,7 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one training row, and where they come from."""
+    """Tokens of one training row, with the chunks that they come from."""
 
     tokens: npt.NDArray[np.integer]
     """Real tokens, chunk after chunk; at most seq_len."""

@@ -41,7 +41,7 @@ LENGTHS_AT_ONCE = 1 << 20
 
 
 class PackingIndex:
-    """Chunks of each row of one dataset, by the number of the row. It pickles small: no maps.
+    """Chunks of each row of one dataset, by row number. Its pickle is small, because it has no mapped files.
 
     Args:
         folder: where the index lies.

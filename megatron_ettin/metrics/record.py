@@ -98,10 +98,10 @@ def _replace(path: Path, lines: Iterable[bytes]) -> None:
 
 
 class JsonlSink:
-    """Append one line a step, in the kernel's hands when `log` returns: kill -9 at worst tears one.
+    """Writer of metrics.jsonl, one line for each step. The kernel has the line when `log` returns.
 
-    What cannot be written (a full disk, a quota) waits in memory and is written before the next line. A run is not
-    saved meanwhile, so that a checkpoint never stands past the record.
+    So kill -9 tears one line at most. A line that cannot be written (a full disk, a quota) waits in memory and is
+    written before the next one. The run saves no checkpoint meanwhile, so none is newer than the record.
 
     Args:
         path: the file.

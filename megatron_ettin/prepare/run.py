@@ -63,7 +63,10 @@ class PrepareResult:
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:
-    """Make the dataset, continue making it, or find it made. On a cluster: submit it, or tell how far it is."""
+    """Make the dataset, or the rest of an unfinished one; do nothing if it is finished.
+
+    With the SLURM executor, submit the jobs that make it, or report how far they are.
+    """
     began = time.monotonic()
     request = check_request(request)
     tokenizer = load_tokenizer(request.tokenizer)

@@ -1,7 +1,7 @@
-"""Sum named figures of one step over its micro-batches, and then over all ranks by one all-reduce.
+"""Sum named totals of one step over its micro-batches, and then over all ranks by one all-reduce.
 
-Each figure has a slot in one fp64 tensor. To add a metric, call `add` where its value is known, on every rank alike
-(`None` on a rank that has no value): a name that `train_step` does not use itself goes to metrics.jsonl as it is.
+Each total has a slot in one fp64 tensor. To add a metric, call `add` where its value is known. Every rank must call it,
+with `None` if it has no value. A total whose name `train_step` does not use becomes a key of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEP_SLOTS = (
 
 
 class StepTotals:
-    """Figures of one step on this rank. Values that are tensors may still be computed by the device."""
+    """Named totals of one step on this rank. The device may still be computing values that are tensors."""
 
     def __init__(self) -> None:
         self._reductions: dict[str, Reduction] = {}
@@ -31,13 +31,13 @@ class StepTotals:
         self._tensors: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, value: torch.Tensor | float | None, reduce: Reduction = "sum") -> None:
-        """Add a value to the figure `name`.
+        """Add a value to the total `name`.
 
         Args:
-            name: name of the figure.
-            value: a number or a scalar tensor; None makes the slot alone, on a rank that has nothing to count.
-            reduce: "sum" or "mean" of all values of all ranks, or "rank_zero": rank 0's value, but NaN or infinite
-                where any rank's is, so that all ranks decide alike.
+            name: name of the total.
+            value: a number or a scalar tensor; None only creates the slot, on a rank that has no value.
+            reduce: "sum" or "mean" of all values of all ranks, or "rank_zero" for the value of rank 0. The latter
+                becomes NaN or infinite if it is so on any rank, so that all ranks decide alike.
         """
         if self._reductions.setdefault(name, reduce) != reduce:
             raise ValueError(f"{name}: was added with reduce={self._reductions[name]!r}, now with {reduce!r}")
