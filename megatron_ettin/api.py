@@ -142,11 +142,11 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
     Raises:
         UserError: for a run directory of another run, and for data or weights that do not fit.
     """
-    from megatron_ettin.train.job import TrainArgs
+    from megatron_ettin.train.job import TrainArgs, prepare_jobs
     from megatron_ettin.train.trainer import Trainer
 
     args = TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None)
-    return Trainer([(config, args)]).run()
+    return Trainer(prepare_jobs([(config, args)])).run()
 
 
 @dataclass(frozen=True)

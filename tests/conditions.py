@@ -154,8 +154,8 @@ def replayed_on_a_cpu() -> Iterator[None]:
 @contextlib.contextmanager
 def slow_saves_and_evaluations() -> Iterator[None]:
     """Make each save and evaluation take longer than a step may."""
-    from megatron_ettin.evaluate import evaluation
     from megatron_ettin.train import saving
+    from megatron_ettin.train.hooks import metrics
 
     def slowly(real):
         def late(*arguments, **named):
@@ -165,7 +165,7 @@ def slow_saves_and_evaluations() -> Iterator[None]:
         return late
 
     with (
-        mock.patch.object(evaluation, "evaluate", slowly(evaluation.evaluate)),
+        mock.patch.object(metrics, "evaluate", slowly(metrics.evaluate)),
         mock.patch.object(saving.Saver, "wait", slowly(saving.Saver.wait)),
     ):
         yield

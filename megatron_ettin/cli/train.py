@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(describe(phase.planned, as_json=args.json) for phase in phases))
         return 0
     from megatron_ettin.faults.skipped_steps import TrainingStoppedError
+    from megatron_ettin.train.job import prepare_jobs
     from megatron_ettin.train.saving import SaveFailedError
     from megatron_ettin.train.trainer import Trainer
 
@@ -155,7 +156,9 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         runs, is_sweep = train_runs(args, phases, is_main_process, json_stream), bool(args.sweep)
         try:
-            unfinished = Trainer(runs, is_sweep).run()
+            # a sweep that is done is summarised on any host
+            jobs = prepare_jobs(runs, is_sweep)
+            unfinished = bool(jobs) and Trainer(jobs, is_sweep).run()
         except TrainingStoppedError as stopped:
             # the same rows and weights would end the same way; a disk that is full may not be tomorrow
             record_failure(stopped, "error" if isinstance(stopped, SaveFailedError) else "stopped")

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.batching.batches import Batches
-from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
 from megatron_ettin.data.local_copy import open_local_copy
@@ -36,7 +35,7 @@ from megatron_ettin.train.hooks.checkpointing import Checkpoints, DirectoryCheck
 from megatron_ettin.train.hooks.console import Console
 from megatron_ettin.train.hooks.metrics import Evaluation, Metrics
 from megatron_ettin.train.hooks.profiling import GarbageCollection, Profiling
-from megatron_ettin.train.job import TrainArgs, TrainJob, prepare_jobs
+from megatron_ettin.train.job import TrainJob
 from megatron_ettin.train.progress import ControlSignal, Progress, StepResult
 from megatron_ettin.train.run_log import complete_line, ending_lines, log_start
 from megatron_ettin.train.setup import setup_training
@@ -51,15 +50,14 @@ COPY_SECONDS = 7_200.0
 class Trainer:
     """Trains one run after another as this process's rank."""
 
-    def __init__(self, runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = False) -> None:
-        """Check the runs, find this process among the ranks, and listen for signals to stop. Raises UserError.
+    def __init__(self, jobs: Sequence[TrainJob], is_sweep: bool = False) -> None:
+        """Find this process among the ranks, and listen for signals to stop. Raises UserError.
 
         Args:
-            runs: The phases of a chain or the members of a sweep, in order, at least one.
+            jobs: The phases of a chain or the members of a sweep that are left to train, in order, at least one.
             is_sweep: Whether the next run begins also where one cannot go on (TrainingStoppedError).
         """
-        self.jobs, self.is_sweep = prepare_jobs(runs, is_sweep), is_sweep
-        first = self.jobs[0].config if self.jobs else runs[0][0]
+        self.jobs, self.is_sweep, first = jobs, is_sweep, jobs[0].config
         self.env = read_distributed_env()
         self.is_main_process = self.env.rank == 0
         if self.env.source != "alone":

@@ -121,10 +121,10 @@ def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
     if name == "launch":
         inner, *arguments = args.command[1:]
         args = parse_arguments(parser_of(inner), inner, arguments)
-    for word in getattr(args, "words", []):
+    for override in getattr(args, "overrides", []):
         from megatron_ettin.config.overrides import check_keys, from_overrides
 
-        check_keys(from_overrides([word]))
+        check_keys(from_overrides([override]))
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,14 @@ def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     barrier()
     metadata = state.sharding_metadata(train_state.layout.dp_group)
     model = state.model_state(train_state.model_chunks, metadata)
-    state.save_state(staging, model, None, dataclasses.asdict(progress))
+    plan = state.plan_state(staging, model, None, dataclasses.asdict(progress))
+    plan.write()
     barrier()
     if env.rank == 0:
+        known = plan.finish(lambda: False)
         write_atomically(staging / "config.yaml", to_yaml(config))
         write_atomically(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
-        directory.seal_and_rename(staging, out)
+        directory.seal_and_rename(staging, out, known)
     barrier()
     destroy_process_group()
 

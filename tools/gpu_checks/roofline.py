@@ -40,7 +40,7 @@ def item(session: Session, size: str, objective: str, length: int, precision: st
     linears = rates.get(f"{size} linears forward and backward, {precision}", {}).get("flops")
     products = look_up(results, "rates", f"{size} products, bf16")["flops"]
     attention = fastest(results.get("attention", {}), size, objective, length)
-    config = parse(size, objective, "pretrain", overrides=[f"data.seq_len={length}", *session.words])
+    config = parse(size, objective, "pretrain", overrides=[f"data.seq_len={length}", *session.overrides])
     tokens = session.tokens_a_step * measured["micro_batches"]
     parts = floor(config, tokens, linears or products, products, look_up(results, "rates", "copy")["bytes_per_second"])
     globals_ = global_layers(config.model.num_layers, config.model.global_attention_every)

@@ -44,7 +44,7 @@ class Results:
 
 @dataclass
 class Session:
-    """`words`: overrides of every run. `deadline`: on time.monotonic's clock; no item begins after it."""
+    """`overrides`: those of every run. `deadline`: on time.monotonic's clock; no item begins after it."""
 
     device: str
     data: Path
