@@ -1,9 +1,9 @@
-"""Make micro-batches ahead of the step in worker processes, which read, label and lay out; the order is kept.
+"""Prefetch micro-batches in worker processes, which read, label and lay out rows, and return them in order.
 
-torch's DataLoader with the data order as its sampler: what is asked for is (step, index), so the answer is the same for
-any number of workers, and a resume needs the step alone. Ranks of one pipeline or tensor group make the same rows, each
-for itself; nothing is broadcast. Workers start from a fork server, never by a fork of this process, whose threads
-(gloo, CUDA) a fork would break; they hold neither Megatron nor a device.
+This is torch's DataLoader with a sampler of (step, index). So the micro-batches are the same for any number of workers,
+and a resume needs only the step. Each rank of a pipeline or tensor group makes the same rows by itself; nothing is
+broadcast. Workers start from a fork server, because a fork of this process would break its threads (gloo, CUDA). They
+import no Megatron and use no device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset
 from megatron_ettin.base.errors import RankError, UserError, first_line, serve_parent
 from megatron_ettin.batching.host import HostBatch, HostBatches
 
-# default on a GPU; without one, no cores are left for workers
+# default number of workers on a GPU; on a CPU it is 0, because the model needs the cores
 GPU_WORKERS = 2
 LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -29,7 +29,7 @@ LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGU
 class MicroBatchDataset(TorchDataset["HostBatch | str"]):
     """Map-style dataset of `HostBatches`: an item for every (step, index).
 
-    The item is the line of a UserError where there is one, because torch would wrap the error in a traceback.
+    An item is the message if a UserError was raised, because torch would wrap the error in a traceback.
     """
 
     def __init__(self, batches: HostBatches) -> None:
@@ -48,12 +48,12 @@ def load_batches(
 ) -> Iterator[Iterator[HostBatch]]:
     """Yield an iterator over this rank's micro-batches of `steps`, and stop the workers at the end.
 
-    The iterator raises RankError where the data cannot be read or a worker was lost.
+    The iterator raises RankError if the data cannot be read or a worker has ended.
 
     Args:
         batches: maker of the micro-batches.
-        steps: the steps in order, without end where it is not known.
-        workers: number of processes; 0 makes a micro-batch here, when it is asked for.
+        steps: the steps in order, without end if the last one is not known.
+        workers: number of processes; 0 makes each micro-batch in this process when it is needed.
         prefetch: number of micro-batches that each worker makes ahead.
         pinned: whether the arrays are pinned for a GPU.
     """

@@ -69,18 +69,18 @@ class LocatedRows:
 
 @dataclass(eq=False)
 class BlendedDataset:
-    """Rows of one or several datasets in the order of a sampler. It pickles small: paths and records, no maps."""
+    """Rows of one or several datasets in the order of a sampler. Its pickle has no mapped files, so it is small."""
 
     datasets: list[Dataset]
     """Datasets of the mixture."""
     packing_indices: list[PackingIndex]
-    """Packing index of each dataset; empty under a recorded order, which names chunks."""
+    """Packing index of each dataset; empty under a recorded order, which lists chunks itself."""
     order: ShuffledSampler | RecordedSampler
     """The sampler."""
     nominal_tokens: float | None = None
-    """Mean tokens of a row to plan with; None: those of the data."""
+    """Mean number of tokens of a row for planning; None takes that of the data."""
     skips: Skips = ()
-    """Ranges [first, end) of order indices that are left out."""
+    """Ranges [first, end) of order indices that are skipped."""
 
     def __post_init__(self) -> None:
         rows = self.order.record if isinstance(self.order, RecordedSampler) else self.packing_indices[0].record

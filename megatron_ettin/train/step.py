@@ -1,4 +1,4 @@
-"""Make an optimizer step: micro-batches through core's pipeline schedule, one all-reduce of its totals, one update.
+"""Run an optimizer step: micro-batches through core's pipeline schedule, one all-reduce of totals, one update.
 
 The loss is normalised by the number of predicted tokens of the whole batch (`global`, the default) or, as the original
 trainer did, by each micro-batch's own number (`microbatch`).
@@ -36,13 +36,13 @@ def train_step(
     detector: AnomalyDetector | None = None,
     signal: ControlSignal = ControlSignal.NONE,
 ) -> StepResult:
-    """Train on the step after `train_state.progress`, which stays as it is. Collective.
+    """Train the step after `train_state.progress`, and return its result without changing the progress. Collective.
 
     Args:
         train_state: the model and its optimizer.
         batches: micro-batches of the run.
         lr: learning rate of the step.
-        detector: judges loss and gradient norm; an update that it objects to is left out. None: every update is made.
+        detector: detector that may skip the update because of the loss or gradient norm; None makes every update.
         signal: rank 0's signal to all ranks.
 
     Raises:
@@ -61,7 +61,7 @@ def train_step(
     with trace_range(train_state.platform, "gradients", profiled):
         optimizer.prepare()
     judged_first = detector is not None and detector.skips
-    # what follows waits for the device, which would stand idle until the update is queued
+    # queue the update first if possible: the next lines wait for the device, which would be idle meanwhile
     if not judged_first:
         with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
@@ -102,12 +102,12 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
 
     Args:
         train_state: the model and its optimizer.
-        batches: the micro-batches, made as core asks for them.
-        count: their number, at least one.
+        batches: the micro-batches; core reads one after another.
+        count: number of micro-batches, at least one.
         training: whether gradients are computed.
 
     Returns:
-        The totals that this rank counts: the losses on the last pipeline stage's first tensor rank.
+        The totals of this rank. Only the first tensor rank of the last pipeline stage counts losses.
     """
     models = train_state.ddp_model_chunks if training else train_state.model_chunks
     totals, layout = StepTotals(), train_state.layout
@@ -169,15 +169,15 @@ def forward_step(
     batches: Iterator[MicroBatch],
     model: Any,
 ) -> tuple[Any, Any]:
-    """Run one micro-batch, add its losses to the totals, and return its output and core's loss function.
+    """Run one micro-batch, add its losses to the totals, and return its output and the loss function for core.
 
-    With the first three arguments bound it is core's forward_step_func.
+    Bind the first three arguments to get core's forward_step_func.
 
     Args:
         totals: totals of the step.
-        counts_losses: whether this rank is the one to count them.
-        factor_of: number of labels -> factor that their losses are multiplied by later.
-        batches: micro-batches, of which the next one is run.
+        counts_losses: whether this rank counts the losses.
+        factor_of: function from a number of labels to the factor by which core later multiplies their losses.
+        batches: micro-batches; the next one is run.
         model: the model chunk.
     """
     batch = next(batches)
@@ -185,13 +185,13 @@ def forward_step(
     output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(labels))
     is_loss = isinstance(output, LossOutput)
     add_losses(totals, output.losses if is_loss and counts_losses else None)
-    # another pipeline stage's output is the hidden states for the next
+    # a stage that is not the last returns hidden states for the next stage
     if not is_loss:
         return output, None
     if counts_losses:
         if not model.training:
             totals.add("correct", output.correct.sum())
-        # inside what reduces its gradients
+        # the model may be inside the wrapper that reduces its gradients
         if getattr(model, "module", model).config.hybrid:
             # labels of causal rows come first
             totals.add("causal_loss", output.losses[: batch.causal_labels].double().sum())
@@ -200,11 +200,11 @@ def forward_step(
 
 
 def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
-    """Add the figures of one micro-batch. A new metric of the loss is a line here.
+    """Add the losses of one micro-batch to the totals. Add a line here for a new metric of the losses.
 
     Args:
         totals: totals of the step.
-        losses: losses [n] of its labels; None on a rank that does not count them, which makes the slots alone.
+        losses: losses [n] of the labels; None on a rank that does not count them, which only creates the slots.
     """
     totals.add("loss", None if losses is None else losses.double().sum())
     totals.add("labels", None if losses is None else len(losses))

@@ -43,7 +43,7 @@ from megatron_ettin.train.step import train_step
 from megatron_ettin.train.stop_signal import StopSignal
 
 RENDEZVOUS_SECONDS = 600.0
-# hosts may differ by so much in copying the data
+# time by which hosts may differ in copying the data
 COPY_SECONDS = 7_200.0
 
 
@@ -55,7 +55,7 @@ class Trainer:
 
         Args:
             jobs: The phases of a chain or the members of a sweep that are left to train, in order, at least one.
-            is_sweep: Whether the next run begins also where one cannot go on (TrainingStoppedError).
+            is_sweep: Whether the next run begins even if one ended with TrainingStoppedError.
         """
         self.jobs, self.is_sweep, first = jobs, is_sweep, jobs[0].config
         self.env = read_distributed_env()
@@ -73,13 +73,13 @@ class Trainer:
         """Train the runs, each from its lock to its last save (collective).
 
         Returns:
-            Whether it was asked to stop before the last run's end, so that the job wants requeueing.
+            True if a stop was requested before the end of the last run, so that the job is to be requeued.
         """
         with contextlib.ExitStack() as process:
             process.callback(release_store)
             process.callback(self.stop.close)
             for job in self.jobs:
-                # the runs that are left were asked to stop too
+                # a request to stop holds for all runs that are left
                 stopped = self.stop.received
                 try:
                     if not stopped:
@@ -102,7 +102,7 @@ class Trainer:
 
         Args:
             job: The run.
-            stack: Undoes at the end of the run, last first, what is made here.
+            stack: Stack on which this method puts the cleanup of the run.
         """
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
