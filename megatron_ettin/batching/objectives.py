@@ -1,16 +1,16 @@
 """Make inputs and labels of a row for its row objective (config/tables.py), and choose each row's objective.
 
 `mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
-80 % become [MASK], half of the rest a uniformly random id, the others stay), its random numbers a hash of (seed,
-phase, order index, token): the same masks on every layout and after every resume.
+80 % become [MASK], half of the rest a uniformly random id, the others stay). Its random numbers are a hash of (seed,
+phase, order index, token), so masks are the same on every layout and after every resume.
 `clm` shifts by one inside each chunk; the last token of a chunk predicts nothing.
-`mntp` masks as `mlm` does, and the position before a masked token predicts it; a chunk's first token is never masked,
-for nothing before it could.
+`mntp` masks as `mlm` does, and the position before a masked token predicts it. The first token of a chunk is never
+masked, because no position before it could predict it.
 
-Rows of a step come in the shuffled order of the data, so its first slots are as good a sample as any. Under a hybrid
-objective they are the causal rows, and the others have masked tokens. Every micro-batch of any layout then has its
-causal rows first, and all but one of a step hold rows of one objective. How many are causal is a pure function of the
-step.
+Rows of a step come in the shuffled order of the data, so its first slots are a random sample. Under a hybrid objective
+the first slots have causal rows, and the others have rows with masked tokens. So a micro-batch of any layout has its
+causal rows first, and all but one of a step have rows of one objective. The number of causal rows is a pure function of
+the step.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.hashing import key64, mix64
 from megatron_ettin.data.sampler import BatchSizes
 
-# of the tokens chosen for masking: share that becomes [MASK], and share that becomes a random id
+# of the tokens that are chosen for masking, the share that becomes [MASK] and the share that becomes a random id
 MASKED, RANDOM = 0.8, 0.1
 
 IntArray = npt.NDArray[np.integer]
 
 
 class Vocabulary(Protocol):
-    """Token ids of a tokenizer, as a dataset knows them."""
+    """Token ids of a tokenizer, as a dataset records them."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +54,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Makes inputs and labels of rows; it holds everything that they depend on besides the row and its objective."""
+    """Maker of inputs and labels of rows, with all settings that they depend on besides the row and its objective."""
 
     row_objectives: tuple[str, ...]
     """Row objectives of the run's objective."""
@@ -67,12 +67,12 @@ class MaskingCollator:
     special_ids: tuple[int, ...]
     """Ids that are never masked."""
     mask_id: int | None
-    """Id of [MASK]; None where no row objective masks."""
+    """Id of [MASK]; None if no row objective masks."""
 
     def __call__(
         self, tokens: IntArray, lengths: IntArray, order_index: int, objective: str | None = None
     ) -> tuple[IntArray, IntArray]:
-        """Return input ids [n] and labels [n] of a row, int64; the label is -100 where there is none.
+        """Return input ids [n] and labels [n] of a row, int64. A position that predicts nothing has the label -100.
 
         Args:
             tokens: token ids [n] of whole chunks.
@@ -93,7 +93,7 @@ class MaskingCollator:
         return inputs, np.append(labels[1:], IGNORE)
 
     def _mask(self, tokens: IntArray, order_index: int, never: IntArray | None = None) -> tuple[IntArray, IntArray]:
-        """Return inputs with masks, and the tokens chosen for them as labels; positions `never` are not chosen."""
+        """Return masked inputs, and labels with the original tokens there; positions in `never` are not masked."""
         row_key = mix64(np.array([order_index], dtype=np.uint64) ^ np.uint64(self.seed_key))
         draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
         chosen = _uniform(draw) < self.probability
@@ -117,7 +117,7 @@ def _uniform(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
 
 
 def make_collator(objective: str, vocabulary: Vocabulary, probability: float, seed: int, phase: str) -> MaskingCollator:
-    """Return the collator of an objective. Raises UserError where it needs a mask token and the tokenizer has none.
+    """Return the collator of an objective. Raises UserError if it needs a mask token and the tokenizer has none.
 
     Args:
         objective: the run's objective.
@@ -139,7 +139,7 @@ def make_collator(objective: str, vocabulary: Vocabulary, probability: float, se
 
 
 def dataset_collator(config: Config, corpus: BlendedDataset) -> MaskingCollator:
-    """Return the collator of a run on this dataset. Raises UserError where the vocabularies differ."""
+    """Return the collator of a run on this dataset. Raises UserError if the vocabularies differ."""
     corpus.check_vocabulary(config.model.vocab_size)
     return make_collator(config.run.objective, corpus, config.data.mlm_probability, config.run.seed, config.run.phase)
 
@@ -149,19 +149,19 @@ class ObjectiveMix:
     """Row objectives of the rows of any step."""
 
     row_objectives: tuple[str, ...]
-    """The row objective of all rows; under a hybrid objective that of causal rows, and that of the others."""
+    """One row objective for all rows; under a hybrid objective that of the causal rows, then that of the others."""
     points: Points = ()
-    """Causal share of the rows of a hybrid objective, by nominal tokens."""
+    """Share of causal rows of a hybrid objective, as a function of the nominal tokens of the run so far."""
     seed: int = 0
     """Seed of the run."""
     phase: str = ""
     """Phase of the run."""
     mean_tokens_per_row: float = 1.0
-    """Nominal tokens of a row."""
+    """Nominal number of tokens of a row."""
 
     @classmethod
     def of(cls, config: Config, mean_tokens_per_row: float) -> ObjectiveMix:
-        """Return the mix of a run whose rows have so many nominal tokens."""
+        """Return the mix of a run whose rows have `mean_tokens_per_row` nominal tokens."""
         row_objectives = OBJECTIVES[config.run.objective].row_objectives
         if len(row_objectives) == 1:
             return cls(row_objectives)
@@ -169,7 +169,7 @@ class ObjectiveMix:
         return cls(row_objectives, points, config.run.seed, config.run.phase, mean_tokens_per_row)
 
     def causal_rows(self, sizes: BatchSizes, step: int) -> int:
-        """Return how many rows of `step` are causal: its first slots. 2.4 rows are 2 or 3, and 2.4 on average."""
+        """Return the number of causal rows of `step`. A share of 2.4 rows gives 2 or 3, and 2.4 on average."""
         rows = sizes.size_at(step)
         if not self.points:
             return rows if ROW_OBJECTIVES[self.row_objectives[0]].causal else 0

@@ -14,7 +14,7 @@ import torch
 from megatron_ettin.parallel.collectives import all_reduce_sum
 
 Reduction = Literal["sum", "mean", "rank_zero"]
-# figures that `train_step` uses itself. Their order decides how an all-reduce rounds their sums: later ones come behind
+# totals that `train_step` uses. New ones follow them, because the order decides how an all-reduce rounds the sums
 STEP_SLOTS = (
     *("loss", "labels", "tokens", "global_pairs", "local_pairs", "causal_loss", "causal_labels"),
     *("stop", "signal", "grad_norm"),
@@ -50,7 +50,7 @@ class StepTotals:
             self._numbers[name] = self._numbers.get(name, 0.0) + value
 
     def read(self) -> dict[str, float]:
-        """Wait for the device, once, and return this rank's sums by name."""
+        """Wait for the device once, and return this rank's sums by name."""
         sums = dict.fromkeys(self._slots, 0.0) | self._numbers
         if self._tensors:
             on_device = torch.stack([torch.stack(values).sum().double() for values in self._tensors.values()])
@@ -59,7 +59,7 @@ class StepTotals:
         return sums
 
     def all_reduce(self, rank: int, device: torch.device) -> dict[str, float]:
-        """Return each figure over all ranks, equal on every rank. Collective: one all-reduce.
+        """Return each total over all ranks, equal on every rank. Collective: one all-reduce.
 
         Args:
             rank: this process's global rank.
@@ -78,7 +78,7 @@ class StepTotals:
 
 
 def count_of(name: str) -> str:
-    """Return the slot with the number of values of a figure that is a mean."""
+    """Return the name of the slot that counts the values of a total that is a mean."""
     return f"count of {name}"
 
 
