@@ -153,7 +153,7 @@ def c_code_on_rank_1() -> Iterator[None]:
 @contextlib.contextmanager
 def slow_rank_1() -> Iterator[None]:
     """Delay rank 1 in each step."""
-    with _rank_1_reads(lambda step: time.sleep(0.05)):
+    with _rank_1_reads(lambda step: time.sleep(0.25)):
         yield
 
 

@@ -314,9 +314,9 @@ def read_stored_config(folder: Path) -> dict[str, Any]:
         groups = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: unreadable ({first_line(error)})") from None
-    if not isinstance(groups, dict):
+    if not isinstance(groups, dict | type(None)):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
-    return {str(name): group for name, group in groups.items()}
+    return {str(name): group for name, group in (groups or {}).items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -31,8 +31,6 @@ from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config, ModelConfig, groups, key_types
 from megatron_ettin.config.tables import SIZES
 
-# keys of earlier versions, whose runs go on all the same
-
 
 class Start(NamedTuple):
     """State that a run begins from."""

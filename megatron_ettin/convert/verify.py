@@ -90,7 +90,7 @@ def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, 
             from_hf(folder, Path(temporary) / "checkpoint")
             ours = our_logits(Path(temporary) / "checkpoint", lists, source.objective)
     alone, padded = transformers_logits(folder, source.objective, lists)
-    for theirs, mine in zip(alone, ours, strict=True):
+    for theirs, mine in zip([*alone, *padded], [*ours, *ours], strict=True):
         if theirs.shape != mine.shape:
             raise ParityError(f"{folder}: logits are {tuple(theirs.shape)}, not {tuple(mine.shape)}")
     # [tokens of all lists, twice, vocabulary]

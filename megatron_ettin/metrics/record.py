@@ -125,14 +125,15 @@ class JsonlSink:
 
     def _mend(self, resume_step: int | None) -> None:
         damaged: list[tuple[int, bytes]] = []
-        lines = list(iter_metrics(self.path, damaged))
+        # of a million lines the steps fit into memory, their objects might not
+        lines = [(line, content.get("step", 0)) for line, content in iter_metrics(self.path, damaged)]
         # a full disk or an editor: no reason for a run to end, and none to throw anything away
         if damaged:
             aside = self.path.with_name(DAMAGED_FILE)
             log_warning(f"warning: {self.path}:{damaged[0][0]}: {_describe_damage(damaged)}; moved to {aside.name}")
             earlier = aside.read_bytes().splitlines() if aside.exists() else []
             _replace(aside, [*earlier, *(line for _, line in damaged)])
-        past = [line for line, content in lines if resume_step is not None and content.get("step", 0) > resume_step]
+        past = [line for line, step in lines if resume_step is not None and step > resume_step]
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
             earlier = [line for line, _ in iter_metrics(rolled_back, [])] if rolled_back.exists() else []

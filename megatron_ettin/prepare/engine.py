@@ -100,8 +100,8 @@ class Counter:
         return self.total - sum(self.weights[i] for i in self.open)
 
     def refresh(self) -> None:
-        # one question, not one a task: file systems are shared
         """Read the records that were written since."""
+        # one question, not one a task: file systems are shared
         there = set(os.listdir(self.work / "tasks"))
         for index in [i for i in self.open if record_path(self.work, i).name in there]:
             record = json.loads(record_path(self.work, index).read_text(encoding="utf-8"))

@@ -38,8 +38,8 @@ class Quiet:
     """Mixin against datatrove's log on standard error, where the progress bar is. The log has files too."""
 
     def run(self) -> Any:
-        # of this process, whose standard error is the progress report's
         """Run the tasks without a log on standard error."""
+        # of this process, whose standard error is the progress report's
         logger.remove()
         return super().run()  # type: ignore[misc]
 
@@ -54,7 +54,7 @@ class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
 
     def run(self) -> Any:
         """Run the tasks. A manager process that datatrove forks ends with this one, also where that is killed."""
-        multiprocess.util.register_after_fork(self, lambda executor: prepare_process())
+        multiprocess.util.register_after_fork(self, lambda executor: prepare_process.__wrapped__())
         return super().run()
 
 

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.base.files import write_atomically
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.plots import Curve, Panel, draw_row
+from megatron_ettin.base.text import counted
 from megatron_ettin.config.overrides import Member
+from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.runs.chain import final_loss
 from megatron_ettin.runs.directory import RunDirectory
 
@@ -33,6 +36,9 @@ def summarise(folder: Path, members: Sequence[Member]) -> str:
 
 def _row(path: Path, member: Member) -> dict[str, Any]:
     run = RunDirectory(path)
+    if run.metrics.unreadable_lines:
+        lines = counted(run.metrics.unreadable_lines, "line")
+        log_warning(f"warning: {path / METRICS_FILE}: {lines} cannot be read; left out")
     return {
         "name": member.name,
         "values": member.values,

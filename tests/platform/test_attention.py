@@ -39,7 +39,7 @@ def test_choose_attention_auto_takes_first_that_runs_with_reason() -> None:
 
 def test_choose_attention_unavailable_kernel_is_refused_with_nearest() -> None:
     assert choose_attention("sdpa", GPU, "bf16").why == "requested"
-    with pytest.raises(UserError, match=r"^run\.attention: varlen has no fp32; the nearest that runs is sdpa$"):
+    with pytest.raises(UserError, match=r"^runtime\.attention: varlen has no fp32; the nearest that runs is sdpa$"):
         choose_attention("varlen", GPU, "fp32")
     with pytest.raises(UserError, match="flex needs Triton, which is not installed; the nearest that runs is varlen"):
         choose_attention("flex", GPU, "bf16")

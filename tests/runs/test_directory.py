@@ -88,11 +88,20 @@ def test_settings_of_an_unreadable_config_are_refused_by_its_path(run: Path) -> 
         RunDirectory(run).setting("run", "size")
 
 
-def test_newest_checkpoint_is_none_without_checkpoints(run: Path) -> None:
+@pytest.mark.parametrize("name", ["step_000000003", "../other", "step_2", ""])
+def test_newest_checkpoint_is_none_where_latest_names_none(run: Path, name: str) -> None:
+    (run / "checkpoints" / "step_000000002").mkdir(parents=True)
     assert RunDirectory(run).newest_checkpoint is None
+    (run / "checkpoints" / "latest").write_text(name)
+    assert RunDirectory(run).newest_checkpoint is None
+
+
+def test_newest_checkpoint_is_the_one_that_latest_names(run: Path) -> None:
     for step in (2, 10):
         (run / "checkpoints" / f"step_{step:09d}").mkdir(parents=True)
-    assert RunDirectory(run).newest_checkpoint == run / "checkpoints" / "step_000000010"
+    # a save that was killed before `latest` was replaced
+    (run / "checkpoints" / "latest").write_text("step_000000002\n")
+    assert RunDirectory(run).newest_checkpoint == run / "checkpoints" / "step_000000002"
 
 
 def test_find_runs_stops_at_a_run_and_leaves_hidden_folders_out(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class TrainerWeights:
 
     @property
     def path(self) -> Path:
-        """Return the the file."""
+        """Return the path of the file."""
         return self.file.path
 
     @property
