@@ -54,7 +54,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Maker of inputs and labels of rows, with all settings that they depend on besides the row and its objective."""
+    """Maker of the inputs and labels of a row. They depend on the row, its objective, and these settings only."""
 
     row_objectives: tuple[str, ...]
     """Row objectives of the run's objective."""

@@ -36,7 +36,9 @@ def train_step(
     detector: AnomalyDetector | None = None,
     signal: ControlSignal = ControlSignal.NONE,
 ) -> StepResult:
-    """Train the step after `train_state.progress`, and return its result without changing the progress. Collective.
+    """Train the step after `train_state.progress` and return its result. Collective.
+
+    The progress stays as it is.
 
     Args:
         train_state: the model and its optimizer.
