@@ -32,7 +32,7 @@ class Key:
     """Whether infinity is allowed."""
     choices: tuple[str, ...] = ()
     science: bool | str = False
-    """Whether the key must not change within a run directory; a text says in which runs it must not (schema.py)."""
+    """True if the key must not change within a run directory; a text names the runs in which it must not."""
     parse: Callable[[Any, str], Any] | None = None
     """Read a value that a user or a stored config.yaml has, older forms too. Called with the value and the key."""
     path: bool = False

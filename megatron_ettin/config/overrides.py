@@ -34,7 +34,7 @@ class Layer(NamedTuple):
     groups: Groups
     origin: str
     is_whole_run: bool = False
-    """Whether it is a YAML of the original trainer, which is a whole run as the tables are."""
+    """True for a YAML of the original trainer, which describes a whole run, as the tables do."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def parse_header(raw: bytes, path: str, index_bytes: int) -> IndexHeader:
     expected = header.documents_at + 8 * boundaries
     if index_bytes < expected:
         content = f"{sequences} sequences and {boundaries - 1} documents, {expected} bytes"
-        raise UserError(f"{path}: truncated, {index_bytes} bytes; its header tells of {content}")
+        raise UserError(f"{path}: truncated, {index_bytes} bytes; its header lists {content}")
     return header
 
 

@@ -167,7 +167,7 @@ class RankStatus:
     doing: str
     """Phase, or part of the next step."""
     stalled: bool
-    """Whether the rank sees no progress."""
+    """True if the rank sees no progress."""
     age_seconds: float
 
     @property

@@ -37,7 +37,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How a rank's part of the vocabulary and of the gradients is computed."""
+    """Options of the loss: the rank's part of the vocabulary, and what is computed for the gradients."""
 
     first: int = 0
     """Index of this rank's first row in the vocabulary."""
@@ -46,7 +46,7 @@ class LossOptions:
     group: Any = None
     """The tensor-parallel group; None where the vocabulary is not sharded."""
     padded: bool = False
-    """Whether some labels are negative, whose losses and gradients are zero."""
+    """True if some labels are negative. Their losses and gradients are zero."""
     factor: float = 1.0
     """The number that the caller will multiply the sum by.
 

@@ -42,7 +42,7 @@ class Submitted:
     tasks_done: int
     num_tasks: int
     new: bool
-    """Whether this command submitted them."""
+    """True if this command submitted the jobs."""
 
     def __str__(self) -> str:
         states = ", ".join(f"{count} {state.lower()}" for state, count in self.states.items()) or "none queued"

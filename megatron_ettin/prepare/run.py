@@ -59,7 +59,7 @@ class PrepareResult:
     tasks_resumed: int = 0
     passed_over: PassedOver = field(default_factory=PassedOver)
     times_compared: bool = True
-    """Whether a complete dataset was known by its inputs' times too, not only by their sizes."""
+    """True if a complete dataset was recognized by the times of its inputs, not only by their sizes."""
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:

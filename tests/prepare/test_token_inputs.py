@@ -212,7 +212,7 @@ def test_prepare_damaged_megatron_pair_is_refused(tmp_path: Path, capsys: pytest
     told = refusal(capsys, tmp_path, prefix)
     assert "pair.bin: truncated, 19 bytes, but by its index sequence 2 lies in bytes 12 to 20" in told
     tokens.unlink()
-    assert "pair.idx: no .bin of that name beside it" in refusal(capsys, tmp_path, index)
+    assert "pair.idx: no .bin of that name in its folder" in refusal(capsys, tmp_path, index)
     index.rename(tmp_path / "other.idx")
     tokens.write_bytes(b"1234")
     told = refusal(capsys, tmp_path, tokens, "--format", "indexed")

@@ -144,7 +144,7 @@ def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | N
         return None
     tokens = find(index.url[:-4] + ".bin")
     if tokens is None:
-        raise UserError(f"{index.url}: no .bin of that name beside it")
+        raise UserError(f"{index.url}: no .bin of that name in its folder")
     detail = json.dumps({"index_bytes": index.bytes})
     changed = f"{index.modified} {tokens.modified}".strip()
     return InputFile(tokens.url, name.removesuffix(".idx"), source, "indexed", None, tokens.bytes, changed, detail)
