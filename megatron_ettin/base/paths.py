@@ -85,7 +85,12 @@ def path_in(
         below = Path(folder)
         for part in checked.split("/"):
             below = below / part
-            if below.is_symlink():
+            try:
+                is_link = below.is_symlink()
+            except OSError as error:
+                # a name that is too long for the file system
+                raise UserError(f"{named_by}: {checked[:_SHOWN_CHARACTERS]!r}: {error.strerror}; refused") from None
+            if is_link:
                 _check_link(below, Path(root or folder), links)
     return path
 

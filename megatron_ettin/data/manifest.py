@@ -149,6 +149,8 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
             raise ValueError(f"{shard.name[:80]!r} is not the name of a shard")
         if other := sorted(set(shard.files) - set(SHARD_SUFFIXES)):
             raise ValueError(f"{other[0][:80]!r} is not a file of a shard")
+        if missing := sorted({".bin", ".idx"} - set(shard.files)):
+            raise ValueError(f"{shard.name} has no {missing[0]}")
     checked_sha256(raw["fingerprint"])
     checked_sha256(tokenizer["fingerprint"])
     known = {

@@ -148,14 +148,20 @@ def runs_of_event(event: dict[str, Any]) -> list[str]:
     return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
 
 
+def job_of_event(event: dict[str, Any]) -> str | None:
+    """Return the job, or the task of an array, that an event is of; None where it names none."""
+    job = event.get("job")
+    return job if isinstance(job, str) and re.fullmatch(r"\w+", job) else None
+
+
 def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
     """Return the folder of the latest submission of this run, its job, and the job or array task that trains it."""
     run = run.absolute()
     for folder in RunDirectory(run).submission_folders:
         for event in reversed(read_events(folder)):
             runs = runs_of_event(event)
-            if event["event"] == "submitted" and str(run) in runs and re.fullmatch(r"\w+", str(event.get("job"))):
-                job = str(event["job"])
+            job = job_of_event(event)
+            if event["event"] == "submitted" and str(run) in runs and job is not None:
                 return folder, job, f"{job}_{runs.index(str(run))}" if len(runs) > 1 else job
     return None, None, None
 

@@ -14,7 +14,7 @@ from megatron_ettin.base.files import write_atomically
 from megatron_ettin.launch import supervisor
 from megatron_ettin.launch.queue import query_jobs
 from megatron_ettin.launch.request import BatchJob, Submission
-from megatron_ettin.launch.run_state import read_events
+from megatron_ettin.launch.run_state import job_of_event, read_events, runs_of_event
 from megatron_ettin.launch.script import render_script
 
 SUBMIT_SECONDS = 120.0
@@ -133,12 +133,13 @@ def _check_not_queued(jobs: Sequence[BatchJob], submission: Submission) -> None:
     """Raise UserError where an earlier job of the same runs waits or runs: a second one would find them locked."""
     runs = {str(run.run_dir) for job in jobs for run in job.runs}
     for event in read_events(submission.folder):
-        if event["event"] == "submitted" and runs & set(event.get("runs", [])):
-            for job in query_jobs(str(event["job"])):
+        earlier = job_of_event(event)
+        if event["event"] == "submitted" and runs & set(runs_of_event(event)) and earlier is not None:
+            for job in query_jobs(earlier):
                 if job.state in WAITING:
                     raise UserError(
                         f"{submission.folder.parent}: job {job.id} of an earlier submission is {job.state}; scancel it"
-                        f" first, or give --after afterany:{event['job']}"
+                        f" first, or give --after afterany:{earlier}"
                     )
 
 

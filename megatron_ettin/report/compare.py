@@ -161,7 +161,7 @@ def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
 def check_order(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
     """Check the fingerprints of the data order and of the tokenizer."""
     for run in (a, b):
-        if not run.order.get("fingerprint"):
+        if not (isinstance(run.order.get("fingerprint"), str) and run.order["fingerprint"]):
             return False, f"{run.path}: order.json has no fingerprint, so its data order is unknown"
     passed, detail = _equal_values({key: (a.order.get(key), b.order.get(key)) for key in ORDER_KEYS})
     return passed, f"fingerprint {a.order['fingerprint'][:16]}" if passed else detail

@@ -103,10 +103,13 @@ def test_open_dataset_absent_or_damaged_manifest_is_refused(prepared: Dataset, t
     with pytest.raises(UserError, match=r"not a dataset: no manifest\.json"):
         open_dataset(tmp_path)
     good = json.loads((prepared.path / "manifest.json").read_text())
+    lacking = json.loads((prepared.path / "manifest.json").read_text())
+    del lacking["content_sha256"], lacking["shards"][0]["files"][".bin"]
     for content, message in (
         ("{", "damaged manifest"),
         (json.dumps({**good, "version": 99}), "version 99; this package reads"),
         (json.dumps({**good, "surprise": 1}), "damaged manifest"),
+        (json.dumps(lacking), r"damaged manifest .*shard_00000 has no \.bin"),
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=message):

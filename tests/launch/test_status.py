@@ -13,3 +13,13 @@ def test_status_of_another_shape_does_not_call_it_by_the_size(tmp_path, capsys):
     write_run(tmp_path / "run", overrides=overrides)
     assert main(["status", str(tmp_path), "--json"]) == 0
     assert [row["model"] for row in json.loads(capsys.readouterr().out)] == ["207K mlm pretrain"]
+
+
+def test_status_leaves_out_events_that_name_no_job(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    event = {"event": "submitted", "runs": [str(run)], "time": 1.0}
+    (tmp_path / "slurm").mkdir()
+    lines = [{**event, "job": "7"}, event, {**event, "job": 5}]
+    (tmp_path / "slurm" / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["status", str(run), "--json"]) == 0
+    assert [row["job"] for row in json.loads(capsys.readouterr().out)] == ["7"]

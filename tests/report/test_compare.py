@@ -78,6 +78,7 @@ def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
         ({"overrides": ("model.num_layers=6",)}, "model shape", "model.num_layers: 7 and 6"),
         ({"fingerprint": "ab" * 32}, "data order", f"fingerprint: {'5f' * 32} and {'ab' * 32}"),
         ({"fingerprint": ""}, "data order", "order.json has no fingerprint"),
+        ({"fingerprint": 5}, "data order", "order.json has no fingerprint"),
         ({"rows": {9: [512, 577]}}, "rows of every step", "step 9: [512, 576] and [512, 577]"),
         ({"rows": {9: None}}, "rows of every step", "step 9: rows was not recorded"),
         ({"tokens": {12: 5}}, "tokens of every step", "step 12: "),

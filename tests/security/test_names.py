@@ -36,6 +36,11 @@ def test_nested_file_name_leaving_its_folder_is_refused(name: object) -> None:
         checked_name(name, nested=True)
 
 
+def test_file_name_too_long_for_the_file_system_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index\.json: 'aaaa.*too long; refused"):
+        path_in(tmp_path, "a" * 300, "index.json")
+
+
 def test_link_leaving_the_folder_is_refused_and_inner_link_is_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

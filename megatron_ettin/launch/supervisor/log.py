@@ -61,7 +61,7 @@ class EventLog:
                         record = json.loads(line)
                     except ValueError:
                         continue
-                    if record.get("job") == self.job:
+                    if isinstance(record, dict) and record.get("job") == self.job and "event" in record:
                         events.append(record)
         except OSError:
             pass

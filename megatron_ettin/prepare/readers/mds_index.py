@@ -79,31 +79,44 @@ def mds_file(
         if (shard["format"], shard["version"]) != ("mds", FORMAT_VERSION):
             described = f"format {shard['format']!r} version {shard['version']}"
             raise UserError(f"{path}: shard {number} is {described}; 'mds' version {FORMAT_VERSION} is read")
-        raw, zipped = shard["raw_data"], shard["zip_data"]
+        raw = stored_file(shard["raw_data"])
+        zipped = stored_file(shard["zip_data"]) if shard["zip_data"] else None
         fields = (shard["column_names"], shard["column_encodings"], shard["column_sizes"])
         columns = tuple(zip(*fields, strict=True))
-        raw_name, samples, raw_bytes = str(raw["basename"]), int(shard["samples"]), int(raw["bytes"])
-        raw_hashes = dict(raw.get("hashes") or {})
-        if samples < 0 or raw_bytes < 0 or not all(_is_column(*column) for column in columns):
+        samples = int(shard["samples"])
+        if samples < 0 or raw.bytes < 0 or not all(_is_column(*column) for column in columns):
             raise ValueError("a column or a count that is none")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"{path}: shard {number} is damaged ({type(error).__name__}: {error})") from None
-    entry, compression, chosen = entry_in(folder, raw_name, path, present), None, raw
+    entry, compression, chosen = entry_in(folder, raw.name, path, present), None, raw
     if entry is None and zipped:
-        entry, compression, chosen = entry_in(folder, str(zipped["basename"]), path, present), READ_COMPRESSION, zipped
+        entry, compression, chosen = entry_in(folder, zipped.name, path, present), READ_COMPRESSION, zipped
     if entry is None:
-        names = " or ".join(repr(str(data["basename"])) for data in (raw, zipped) if data)
+        names = " or ".join(repr(str(file.name)) for file in (raw, zipped) if file)
         raise UserError(f"{path}: names the shard {names}, which is not there")
     algorithm = str(shard.get("compression") or "").partition(":")[0]
     if compression and algorithm != READ_COMPRESSION:
         raise UserError(f"{entry.url}: compressed by {algorithm!r}; {READ_COMPRESSION} and uncompressed are read")
-    if entry.bytes != chosen["bytes"]:
-        what = "truncated" if entry.bytes < chosen["bytes"] else "changed"
-        raise UserError(f"{entry.url}: {what}, {entry.bytes} bytes, {path} says {chosen['bytes']}")
-    file_hashes = dict(chosen.get("hashes") or {})
-    detail = MdsShard(str(chosen["basename"]), samples, columns, raw_bytes, raw_hashes, file_hashes).to_json()
-    file_name = f"{name}/{raw_name}"
-    return InputFile(entry.url, file_name, source, "mds", compression, entry.bytes, entry.modified, detail)
+    if entry.bytes != chosen.bytes:
+        what = "truncated" if entry.bytes < chosen.bytes else "changed"
+        raise UserError(f"{entry.url}: {what}, {entry.bytes} bytes, {path} says {chosen.bytes}")
+    detail = MdsShard(str(chosen.name), samples, columns, raw.bytes, raw.hashes, chosen.hashes).to_json()
+    return InputFile(entry.url, f"{name}/{raw.name}", source, "mds", compression, entry.bytes, entry.modified, detail)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A shard's file as its index describes it."""
+
+    name: object
+    """Unchecked; `entry_in` refuses what is no name."""
+    bytes: int
+    hashes: dict[str, str]
+
+
+def stored_file(described: Any) -> StoredFile:
+    """Return the file. Raises KeyError, TypeError, ValueError, OverflowError and AttributeError for what is none."""
+    return StoredFile(described["basename"], int(described["bytes"]), dict(described.get("hashes") or {}))
 
 
 def _is_column(name: Any, encoding: Any, size: Any) -> bool:
@@ -111,7 +124,7 @@ def _is_column(name: Any, encoding: Any, size: Any) -> bool:
     return isinstance(name, str) and isinstance(encoding, str) and fits
 
 
-def entry_in(folder: str, file_name: str, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
+def entry_in(folder: str, file_name: object, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
     """Describe a file that an index names, from one listing of each directory, which `present` keeps."""
     url = joined_in(folder, file_name, path, nested=True)
     inside = parent_of(url)
