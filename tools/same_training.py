@@ -110,13 +110,14 @@ def run(checkout: Path, out: Path, before: Path | None, cases: list[str]) -> Non
 def resume(package: Checkout, before: Path, case: str, other: str) -> None:
     """Resume from the other checkout's checkpoint, with its own layout and with the layout of another case."""
     layout_of_other = [word for word in CASES[other][2].split() if word.startswith("parallel.")]
-    for name, ranks, layout in ((case, CASES[case][0], []), (f"{case}-as-{other}", CASES[other][0], layout_of_other)):
-        if layout and ("muon" in case or "zero" in case + other):
+    own = [word for word in CASES[case][2].split() if word.startswith("parallel.")]
+    for name, ranks, layout in ((case, CASES[case][0], own), (f"{case}-as-{other}", CASES[other][0], layout_of_other)):
+        if name != case and ("muon" in case or "zero" in case + other):
             continue
         folder = package.out / "resumed" / name
         shutil.copytree(before / case, folder)
         shutil.rmtree(folder / "checkpoints" / "latest", ignore_errors=True)
-        overrides = [word for word in CASES[case][2].split() if not (layout and word.startswith("parallel."))]
+        overrides = [word for word in CASES[case][2].split() if not word.startswith("parallel.")]
         start = ["train", "--size", "17m", "--objective", CASES[case][1], "--phase", "pretrain", "--run-dir", folder]
         more = [
             *TINY.split(),
