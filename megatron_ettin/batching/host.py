@@ -20,7 +20,7 @@ from megatron_ettin.base.errors import RankError
 from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix, dataset_collator
 from megatron_ettin.config.flops import attended_pairs
 from megatron_ettin.config.layouts import RowSplit, full_batch_split, has_fixed_shapes, micro_batch_group
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import IGNORE, PRECISIONS, ROW_OBJECTIVES
 from megatron_ettin.data.blended_dataset import BlendedDataset, Row
 from megatron_ettin.data.sampler import BatchSizes
@@ -28,20 +28,20 @@ from megatron_ettin.model.boundaries import ChunkBoundaries, HostArray, pin_arra
 from megatron_ettin.parallel.env import Topology
 
 
-def token_multiple(config: Config, topology: Topology) -> int:
+def token_multiple(precision: PrecisionConfig, topology: Topology) -> int:
     """Return the number that the tokens of a row on the device must be a multiple of.
 
     Every parallel axis divides such a number of tokens, and the slice of each rank consists of whole quantisation
     blocks of the precision.
     """
-    precision = PRECISIONS[config.precision.name].multiple
-    blocks = 16 if precision == 1 else math.lcm(16, precision) * topology.tp
+    multiple = PRECISIONS[precision.name].multiple
+    blocks = 16 if multiple == 1 else math.lcm(16, multiple) * topology.tp
     return math.lcm(blocks * topology.cp, topology.tp * topology.cp)
 
 
 def row_tokens(config: Config, topology: Topology) -> int:
     """Return the tokens of a row on the device: seq_len rounded up to a multiple of `token_multiple`."""
-    multiple = token_multiple(config, topology)
+    multiple = token_multiple(config.precision, topology)
     return -(-config.data.seq_len // multiple) * multiple
 
 
@@ -120,9 +120,9 @@ class HostBatches:
             topology.dp,
             dp_rank,
             (cp_rank, topology.cp),
-            micro_batch_group(config),
+            micro_batch_group(config.parallel),
             fixed,
-            token_multiple(config, topology) if flat else 0,
+            token_multiple(config.precision, topology) if flat else 0,
             flat and topology.pp > 1,
         )
 

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.checkpoint.reader import CheckpointReader, common_strategy, load_strategy
 from megatron_ettin.checkpoint.writer import Plan
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import PrecisionConfig
 from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import delayed_scales, make_delayed_scales
@@ -130,9 +130,9 @@ def _quiet() -> Iterator[None]:
 PREFIX = "fp8_scales."
 
 
-def keeps_scales(config: Config) -> bool:
+def keeps_scales(precision: PrecisionConfig) -> bool:
     """Return whether a run has scales that outlive a step."""
-    return PRECISIONS[config.precision.name].fp8_recipe == "delayed"
+    return PRECISIONS[precision.name].fp8_recipe == "delayed"
 
 
 def stored_scales(checkpoint: Path) -> set[str]:

@@ -46,7 +46,7 @@ class PlannedPhase:
         """The configuration with its schedule for `run.steps`, as far as that is known without the data."""
         from megatron_ettin.plan.schedule_end import expected_row_tokens, fit_schedule
 
-        return fit_schedule(self.config, self.free, expected_row_tokens(self.config))
+        return fit_schedule(self.config, self.free, expected_row_tokens(self.config.data))
 
 
 def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:

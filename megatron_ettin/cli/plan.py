@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     layouts, rejected = search(config, args.gpus, model, given)
     if not layouts:
         nearest = nearest_miss(rejected)
-        relax = limit_to_relax(nearest.partition(": ")[2], config, args.gpus)
+        relax = limit_to_relax(nearest.partition(": ")[2], config.parallel, args.gpus)
         raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest}{relax}")
     compared = efficiency(layouts[0], config, model, given)
     if not args.json:

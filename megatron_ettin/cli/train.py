@@ -124,7 +124,7 @@ def remarks(phase: PlannedPhase) -> list[str]:
     config, run = phase.config, phase.config.run
     tables = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     rows = None if "batch.global_batch_rows" in phase.given else rows_line(tables, config)
-    fit = describe_fit(config, phase.planned, expected_row_tokens(config))
+    fit = describe_fit(config, phase.planned, expected_row_tokens(config.data))
     lines = [rows, rate_line(tables, config), fit, memory_line(config)]
     return [line for line in lines if line is not None]
 

@@ -13,7 +13,7 @@ from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.flops import layer_operations, split_evenly
 from megatron_ettin.config.operations import ParallelConfig
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, DataConfig
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, tensor_parallel_degrees
 
 RECOMPUTED = ("core_attn", "mlp")
@@ -133,9 +133,9 @@ def check_layout(config: Config, world: int) -> int:
     return dp
 
 
-def micro_batch_group(config: Config) -> int:
+def micro_batch_group(parallel: ParallelConfig) -> int:
     """Return the number that a rank's micro-batches are a multiple of: pp under the interleaved schedule, else 1."""
-    return config.parallel.pp if config.parallel.vpp > 1 else 1
+    return parallel.pp if parallel.vpp > 1 else 1
 
 
 def has_fixed_shapes(config: Config) -> bool:
@@ -145,7 +145,8 @@ def has_fixed_shapes(config: Config) -> bool:
 
 def full_batch_split(config: Config, dp: int) -> RowSplit:
     """Return how the rows of a full batch are shared out over ranks and micro-batches."""
-    return RowSplit.of(config.batch.global_batch_rows, dp, config.batch.micro_batch_rows, micro_batch_group(config))
+    batch, group = config.batch, micro_batch_group(config.parallel)
+    return RowSplit.of(batch.global_batch_rows, dp, batch.micro_batch_rows, group)
 
 
 def micro_batches(config: Config, dp: int) -> int:
@@ -239,9 +240,9 @@ KERNELS = ("te-fused", "flash", "varlen")
 TOKENS_A_CHUNK = 64
 
 
-def max_chunks_per_row(config: Config) -> int:
+def max_chunks_per_row(data: DataConfig) -> int:
     """Return the number of chunks that a row of a captured graph has room for."""
-    return config.data.max_chunks_per_row or max(1, config.data.seq_len // TOKENS_A_CHUNK)
+    return data.max_chunks_per_row or max(1, data.seq_len // TOKENS_A_CHUNK)
 
 
 def check_graphs(config: Config) -> None:

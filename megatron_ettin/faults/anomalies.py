@@ -15,7 +15,6 @@ import statistics
 from dataclasses import dataclass
 
 from megatron_ettin.config.operations import ResilienceConfig
-from megatron_ettin.config.schema import Config
 
 # median absolute deviation of a normal distribution of standard deviation 1
 NORMAL_MAD = 0.674489750196
@@ -89,11 +88,11 @@ class AnomalyDetector:
         return (*self.recent, grad_norm)[-self.settings.spike_window :]
 
 
-def start_note(config: Config, can_skip: bool) -> str | None:
+def start_note(settings: ResilienceConfig, engine: str, can_skip: bool) -> str | None:
     """Return a line where the settings ask for what the engine cannot do, else None."""
-    if can_skip or "skip" not in (config.resilience.on_nonfinite, config.resilience.on_spike):
+    if can_skip or "skip" not in (settings.on_nonfinite, settings.on_spike):
         return None
     return (
-        f"parallel.engine={config.parallel.engine} updates before figures are known: what is not finite stops the run,"
+        f"parallel.engine={engine} updates before figures are known: what is not finite stops the run,"
         " spikes are reported (resilience.on_nonfinite, on_spike)"
     )

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, step_of
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.faults.anomalies import Anomaly
@@ -32,10 +33,10 @@ class BadNumbersError(TrainingStoppedError):
     """The figures of too many steps were anomalous."""
 
 
-def outcome(config: Config, info: StepResult, after: Progress) -> str:
+def outcome(settings: ResilienceConfig, info: StepResult, after: Progress) -> str:
     """Return what becomes of an anomalous step: "ignored", "warned", "skipped" or "stopped"."""
     assert info.anomaly is not None
-    too_many = after.skipped_in_row > config.resilience.max_skips_in_row
+    too_many = after.skipped_in_row > settings.max_skips_in_row
     known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
     return known.get(info.anomaly.action, "stopped" if too_many else "skipped")
 
@@ -76,7 +77,7 @@ def report_anomaly(
     run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
 ) -> None:
     """Record an anomalous step and return, or raise TrainingStoppedError, the same on every rank."""
-    result = outcome(config, info, after)
+    result = outcome(config.resilience, info, after)
     line = record(run_dir, config, corpus, info, after, result) if is_main_process else f"step {info.step}: stopped"
     if result == "stopped":
         raise BadNumbersError(line)

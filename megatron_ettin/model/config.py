@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 from torch.nn import functional
 
 from megatron_ettin.config.operations import ParallelConfig
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
 from megatron_ettin.platform.layers import LayerBackend
 
@@ -56,9 +56,9 @@ def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     return keys
 
 
-def number_formats(config: Config) -> dict[str, Any]:
+def number_formats(settings: PrecisionConfig) -> dict[str, Any]:
     """Return core's keys for the types of weights and activations and for the layers that compute in FP8."""
-    settings, precision = config.precision, PRECISIONS[config.precision.name]
+    precision = PRECISIONS[settings.name]
     dtype = DTYPES[precision.compute]
     return {
         "params_dtype": dtype,
@@ -103,7 +103,7 @@ def transformer_config(
         # Batched sends and receives of two stages cross when the previous and the next rank are the same, which gives
         # wrong losses without an error. Core leaves this check to Megatron-LM's argument parser.
         batch_p2p_comm=False,
-        **number_formats(config),
+        **number_formats(config.precision),
         calculate_per_token_loss=config.batch.loss_normalization == "global",
         normalization="LayerNorm",
         layernorm_epsilon=model.norm_eps,

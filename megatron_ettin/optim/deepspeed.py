@@ -48,8 +48,11 @@ class DeepSpeedEngine:
     # DeepSpeed knows the norm of the gradients only after it has updated the weights
     can_skip = False
 
-    def __init__(self, engine: Any, inner: DecoupledAdamW, shapes: dict[str, torch.Size], config: Config) -> None:
-        self.engine, self.inner, self.shapes, self.config = engine, inner, shapes, config
+    def __init__(
+        self, engine: Any, inner: DecoupledAdamW, shapes: dict[str, torch.Size], stage: int, microbatch_means: bool
+    ) -> None:
+        self.engine, self.inner, self.shapes = engine, inner, shapes
+        self.stage, self.microbatch_means = stage, microbatch_means
         self.zero, self.module = engine.optimizer, engine.module
         self.data_group = ModelParallelUnit().get_data_parallel_group()
         self.updates, self.scale = 0, 1.0
@@ -86,7 +89,7 @@ class DeepSpeedEngine:
             self.engine.set_gradient_accumulation_boundary(number == num_microbatches - 1)
             output, loss_of = forward_step_func(data_iterator, self.engine)
             loss, count, report = loss_of(output)
-            if self.config.batch.loss_normalization == "microbatch":
+            if self.microbatch_means:
                 loss, count = loss / count.clamp(min=1), torch.ones_like(count)
             self.engine.backward(loss)
             reports.append(report)
@@ -116,7 +119,7 @@ class DeepSpeedEngine:
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
         """Gather the weights that ZeRO-3 partitions; where `writing`, keep what is written inside (collective)."""
-        if zero_stage(self.config.parallel) < 3:
+        if self.stage < 3:
             yield
             return
         zero = load_deepspeed().zero
@@ -147,7 +150,7 @@ class DeepSpeedEngine:
                     self._flat(shard, key)[shard.flat_range] = part.to(shard.flat.device)
         self.updates = updates
         # cast the masters to the weights of the model
-        if zero_stage(self.config.parallel) < 3:
+        if self.stage < 3:
             self.zero.update_lp_params()
             return
         pairs = zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True)
@@ -213,25 +216,26 @@ def build_zero(
     infos = {name: param_info(p, i, groups.tensor) for i, (name, p) in enumerate(named)}
     if groups.tensor.size() > 1:
         _reduce_over_tensor_ranks([p for _, p in named if getattr(p, "sequence_parallel", False)], groups.tensor)
-    if zero_stage(config.parallel) == 3:
+    stage = zero_stage(config.parallel)
+    if stage == 3:
         _register_tied(deepspeed.zero, chunk)
     inner = build_inner_optimizer([chunk], config.optim, device)
     engine, *_ = deepspeed.initialize(
         model=chunk,
         optimizer=inner,
-        config=engine_settings(config, compute, pinned=device.type != "cpu"),
+        config=engine_settings(config, stage, compute, pinned=device.type != "cpu"),
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    optimizer = DeepSpeedEngine(engine, inner, shapes, config)
+    optimizer = DeepSpeedEngine(engine, inner, shapes, stage, config.batch.loss_normalization == "microbatch")
     optimizer.bind(groups, infos)
     return optimizer
 
 
-def engine_settings(config: Config, compute: str, pinned: bool) -> dict[str, Any]:
+def engine_settings(config: Config, stage: int, compute: str, pinned: bool) -> dict[str, Any]:
     """Return DeepSpeed's configuration: one row and one micro-batch per step, because we split the batch ourselves."""
     parallel = config.parallel
-    stage, offload = zero_stage(parallel), {"device": "cpu", "pin_memory": pinned}
+    offload = {"device": "cpu", "pin_memory": pinned}
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": parallel.overlap,

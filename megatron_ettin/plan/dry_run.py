@@ -45,7 +45,7 @@ def facts(config: Config) -> dict[str, Any]:
         "steps": config.run.steps or sizes.steps_for(config.run.tokens / row_tokens),
         "smallest_world": model_ranks,
         "empty_share": empty_shares(config),
-        "lr_at_end": lr_at_end(config, expected_row_tokens(config)),
+        "lr_at_end": lr_at_end(config, expected_row_tokens(config.data)),
         "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
     }
 
@@ -121,7 +121,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"parameters      {figures['parameters']:,}",
             f"operations      {format_count(figures['flops_per_token'])} a token (forward and backward)",
             f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
-            f"schedule        {describe_end(config, expected_row_tokens(config))}",
+            f"schedule        {describe_end(config, expected_row_tokens(config.data))}",
             f"data            {reason}" if reason else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
             f"empty row slots {describe_shares(figures['empty_share'])}",

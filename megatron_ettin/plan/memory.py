@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from megatron_ettin.config.layouts import micro_batches, stage_layers, with_split_rows, zero_stage
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.operations import ParallelConfig
+from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, ROW_OBJECTIVES, layer_parameter_count
 
 # Of one byte each: Hopper reads rows in the forward pass and columns in the backward pass.
@@ -73,7 +74,7 @@ def rank_memory(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> M
     if not config.precision.fp8_weights:
         weights += fp8_parameters(config, pp_rank) * FP8_COPIES
     saved, loss = micro_batch_bytes(config, dp, pp_rank, on_gpu)
-    hidden = micro_batch_tokens(config) * model.hidden_size * element_bytes(config)
+    hidden = micro_batch_tokens(config) * model.hidden_size * element_bytes(config.precision)
     gathered = (hidden if parallel.sequence_parallel else 0) + (2 * hidden // parallel.tp if parallel.cp > 1 else 0)
     return Memory(
         weights_bytes=0 if offloaded == "all" else weights,
@@ -147,9 +148,9 @@ CHUNK_LOGITS_BYTES, FEWEST_ROWS, DEVICE_CHUNK_ROWS = 64 * 2**20, 64, 4096
 BAND, DENSE_ROW_TOKENS = 64, 192
 
 
-def element_bytes(config: Config) -> int:
+def element_bytes(precision: PrecisionConfig) -> int:
     """Return the bytes of an element in the compute precision."""
-    return 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
+    return 4 if PRECISIONS[precision.name].compute == "fp32" else 2
 
 
 def micro_batch_tokens(config: Config) -> int:
@@ -157,9 +158,9 @@ def micro_batch_tokens(config: Config) -> int:
     return config.batch.micro_batch_rows * config.data.seq_len // config.parallel.cp
 
 
-def slices(config: Config) -> int:
+def slices(parallel: ParallelConfig) -> int:
     """Return the tensor-parallel ranks that share the tokens outside of matrix products."""
-    return config.parallel.tp if config.parallel.sequence_parallel else 1
+    return parallel.tp if parallel.sequence_parallel else 1
 
 
 def layers_bytes(config: Config, layers: range, fused: bool) -> tuple[float, float]:
@@ -167,7 +168,8 @@ def layers_bytes(config: Config, layers: range, fused: bool) -> tuple[float, flo
     whole = [layer_bytes(config, number, fused) for number in layers]
     again = (config.parallel.recompute_layers or len(layers)) if config.parallel.recompute == "full" else 0
     again = min(again, len(layers))
-    residual = config.model.hidden_size * element_bytes(config) / slices(config) * micro_batch_tokens(config)
+    tokens = micro_batch_tokens(config) / slices(config.parallel)
+    residual = config.model.hidden_size * element_bytes(config.precision) * tokens
     return again * residual + sum(whole[again:]), max(whole[:again], default=0.0)
 
 
@@ -177,7 +179,7 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
     These are two norms' inputs, statistics and outputs, the dropout's mask (or the tokens' keys), attention, and the
     MLP's inner products.
     """
-    model, parallel, element = config.model, config.parallel, element_bytes(config)
+    model, parallel, element = config.model, config.parallel, element_bytes(config.precision)
     norm = 2 * model.hidden_size * element + 2 * element
     outside = 2 * norm + (4 if fused else model.hidden_size)
     if number == 0:
@@ -186,7 +188,7 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
     recomputed = parallel.recompute_modules if parallel.recompute == "selective" else []
     inner = 0 if "mlp" in recomputed else (3 if fused else 4) * model.ffn_hidden_size * element
     attention = 4 * model.hidden_size * element if "core_attn" in recomputed else attention_bytes(config, number, fused)
-    return micro_batch_tokens(config) * (outside / slices(config) + (inner + attention) / parallel.tp)
+    return micro_batch_tokens(config) * (outside / slices(config.parallel) + (inner + attention) / parallel.tp)
 
 
 def attention_bytes(config: Config, number: int, fused: bool) -> float:
@@ -195,7 +197,8 @@ def attention_bytes(config: Config, number: int, fused: bool) -> float:
     These are rotated queries and keys, the buffer of q, k and v, the output, and the softmax's normalisers.
     """
     model, seq_len = config.model, config.data.seq_len
-    hidden, normalisers = model.hidden_size * element_bytes(config), 4 * model.num_attention_heads
+    element = element_bytes(config.precision)
+    hidden, normalisers = model.hidden_size * element, 4 * model.num_attention_heads
     if fused:
         return 6 * hidden + normalisers
 
@@ -203,12 +206,12 @@ def attention_bytes(config: Config, number: int, fused: bool) -> float:
         window = None if number % model.global_attention_every == 0 else config.windows[causal]
         # q, k, v, out under a mask of whole rows
         if seq_len <= DENSE_ROW_TOKENS:
-            return 6 * hidden + normalisers + element_bytes(config) * seq_len
+            return 6 * hidden + normalisers + element * seq_len
         # chunk by chunk, and the chunks' outputs concatenated
         if window is None or seq_len <= window:
             return 7 * hidden + normalisers
         reach = reach_tokens(config, causal)
-        return (2 + 2 * reach // BAND) * hidden + normalisers + reach * element_bytes(config) * config.parallel.tp
+        return (2 + 2 * reach // BAND) * hidden + normalisers + reach * element * config.parallel.tp
 
     return fmean(objective_bytes(ROW_OBJECTIVES[name].causal) for name in row_objectives(config))
 
@@ -230,7 +233,7 @@ def input_bytes(config: Config, fused: bool) -> float:
 
     These are ids, labels, positions, segments, tables of the rotation, and attention's masks.
     """
-    model, element = config.model, element_bytes(config)
+    model, element = config.model, element_bytes(config.precision)
     thetas = len({model.global_rope_theta, model.local_rope_theta})
     tables = 2 * thetas * (model.hidden_size // model.num_attention_heads) * element
     masks = 0 if fused else sum(reach_tokens(config, ROW_OBJECTIVES[name].causal) for name in row_objectives(config))
@@ -239,7 +242,8 @@ def input_bytes(config: Config, fused: bool) -> float:
 
 def embedding_bytes(config: Config) -> float:
     """Return the bytes saved by the embedding norm: its input and statistics."""
-    return micro_batch_tokens(config) * (config.model.hidden_size + 2) * element_bytes(config) / slices(config)
+    tokens = micro_batch_tokens(config) / slices(config.parallel)
+    return tokens * (config.model.hidden_size + 2) * element_bytes(config.precision)
 
 
 def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
@@ -247,11 +251,11 @@ def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
 
     The peak is a chunk of logits, and the vocabulary's gradient in fp32, which is summed over chunks.
     """
-    model, element, tokens = config.model, element_bytes(config), micro_batch_tokens(config)
+    model, element, tokens = config.model, element_bytes(config.precision), micro_batch_tokens(config)
     share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[name].masks else 1.0 for name in row_objectives(config))
     labelled = round(tokens * share)
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
-    norm = tokens * (model.hidden_size + 2) * element / slices(config)
+    norm = tokens * (model.hidden_size + 2) * element / slices(config.parallel)
     # positions, labels; inputs of dense, GELU and norm, the norm's output; losses
     saved = norm + labelled * (16 + 4 * model.hidden_size * element + 4 + 1)
     gathered = tokens * model.hidden_size * element

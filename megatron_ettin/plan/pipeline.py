@@ -148,7 +148,7 @@ def run_row_slots(config: Config, dp: int) -> tuple[int, int]:
         last = sizes.first_step[level + 1] if level + 1 < len(sizes.rows) else end
         steps = max(0, min(last, end) - sizes.first_step[level])
         rows += steps * size
-        slots += steps * RowSplit.of(size, dp, most, micro_batch_group(config), fixed).capacity
+        slots += steps * RowSplit.of(size, dp, most, micro_batch_group(config.parallel), fixed).capacity
     return rows, slots
 
 

@@ -9,7 +9,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import SPAN
-from megatron_ettin.config.schema import Config, ScheduleConfig
+from megatron_ettin.config.schema import Config, DataConfig, ScheduleConfig
 from megatron_ettin.data.manifest import read_manifest
 from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.sampler import BatchSizes
@@ -19,12 +19,11 @@ from megatron_ettin.optim.schedule import decayed, lr_fraction
 FIXED_POINT = 20
 
 
-def expected_row_tokens(config: Config) -> float:
+def expected_row_tokens(data: DataConfig) -> float:
     """Return the mean tokens of a row as far as they are known without a packing index.
 
     Padded rows have those of the datasets' chunks, packed ones the whole row.
     """
-    data = config.data
     if data.mean_tokens_per_row is not None or data.batching == "packed" or data.mixture is None:
         return data.mean_tokens_per_row or float(data.seq_len)
     try:

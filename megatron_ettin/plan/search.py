@@ -11,7 +11,8 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.checks import check
 from megatron_ettin.config.layouts import check_layout
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.operations import ParallelConfig
+from megatron_ettin.config.schema import BatchConfig, Config
 from megatron_ettin.config.tables import tensor_parallel_degrees
 from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.memory import Memory, estimate
@@ -104,7 +105,7 @@ def search(
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
         dp = gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))
-        sizes = micro_batch_sizes(config, dp)
+        sizes = micro_batch_sizes(config.batch, dp)
         if "batch.micro_batch_rows" in given:
             sizes = [config.batch.micro_batch_rows]
         for recompute in ("none", "full") if open_recompute else (config.parallel.recompute,):
@@ -151,11 +152,11 @@ def candidate_degrees(config: Config, gpus: int, node: int, given: Set[str] = fr
                         yield {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp}
 
 
-def micro_batch_sizes(config: Config, dp: int) -> list[int]:
+def micro_batch_sizes(batch: BatchConfig, dp: int) -> list[int]:
     """Return the micro-batches that divide a rank's rows evenly, largest first, up to twice the recipe's."""
-    share = -(-config.batch.global_batch_rows // dp)
+    share = -(-batch.global_batch_rows // dp)
     sizes = {-(-share // count) for count in range(1, share + 1)}
-    return sorted((size for size in sizes if size <= 2 * config.batch.micro_batch_rows), reverse=True)
+    return sorted((size for size in sizes if size <= 2 * batch.micro_batch_rows), reverse=True)
 
 
 def apply_layout(
@@ -213,9 +214,8 @@ def nearest_miss(rejected: list[RejectedLayout]) -> str:
     return f"{best.layout}: {best.reason}"
 
 
-def limit_to_relax(reason: str, config: Config, gpus: int) -> str:
+def limit_to_relax(reason: str, parallel: ParallelConfig, gpus: int) -> str:
     """Return what to change so that the nearest layout becomes valid, as the end of a message."""
-    parallel = config.parallel
     degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
     given = ", ".join(f"parallel.{axis}={size}" for axis, size in degrees.items() if size > 1)
     ranks = parallel.tp * parallel.pp * parallel.cp

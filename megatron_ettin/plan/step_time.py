@@ -22,7 +22,7 @@ from megatron_ettin.config.layouts import (
     stage_layers,
     with_split_rows,
 )
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import PRECISIONS, layer_parameter_count, parameter_count
 from megatron_ettin.plan.dry_run import mean_flops_per_token
 from megatron_ettin.plan.hardware import GpuSpec
@@ -162,7 +162,7 @@ class StepModel:
         a_token = (operations - linear + linear / speedup) * again / parallel.tp
         # fp32 runs at half of the rate and moves twice the bytes
         wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
-        moved = wide * (40 * model.hidden_size / slices(config) + 20 * model.ffn_hidden_size / parallel.tp)
+        moved = wide * (40 * model.hidden_size / slices(config.parallel) + 20 * model.ffn_hidden_size / parallel.tp)
         costs, begin, works = layer_operations(config), 0, []
         for layers in stage_layers(config):
             share = sum(costs[begin : begin + layers]) / sum(costs)
@@ -273,12 +273,12 @@ def mean_rank_weights(config: Config) -> float:
 
 def hidden_bytes(config: Config) -> int:
     """Return the bytes of a micro-batch's hidden states on one context rank."""
-    return micro_batch_tokens(config) * config.model.hidden_size * element_bytes(config)
+    return micro_batch_tokens(config) * config.model.hidden_size * element_bytes(config.precision)
 
 
 def hop_bytes(config: Config) -> float:
     """Return the bytes that a pipeline stage sends the next for a micro-batch."""
-    return hidden_bytes(config) / slices(config)
+    return hidden_bytes(config) / slices(config.parallel)
 
 
 def tensor_passes(config: Config, pp_rank: int) -> int:
@@ -296,12 +296,12 @@ def tensor_passes(config: Config, pp_rank: int) -> int:
 def tied_gradient_bytes(config: Config) -> int:
     """Return the bytes of the gradients of the vocabulary's weights, which first and last stage sum."""
     rows = -(-config.model.vocab_size // config.parallel.tp)
-    return rows * config.model.hidden_size * gradient_bytes(config)
+    return rows * config.model.hidden_size * gradient_bytes(config.precision)
 
 
-def gradient_bytes(config: Config) -> int:
+def gradient_bytes(precision: PrecisionConfig) -> int:
     """Return the bytes of an element of a gradient."""
-    return 4 if config.precision.gradients == "fp32" or PRECISIONS[config.precision.name].compute == "fp32" else 2
+    return 4 if precision.gradients == "fp32" or PRECISIONS[precision.name].compute == "fp32" else 2
 
 
 def data_bytes(config: Config, pp_rank: int) -> tuple[int, int]:
@@ -310,7 +310,7 @@ def data_bytes(config: Config, pp_rank: int) -> tuple[int, int]:
     Without the distributed optimizer nothing is gathered.
     """
     parameters, _ = rank_parameters(config, pp_rank)
-    gathered = parameters * element_bytes(config) if config.parallel.distributed_optimizer else 0
+    gathered = parameters * element_bytes(config.precision) if config.parallel.distributed_optimizer else 0
     if config.precision.fp8_weights:
         gathered -= fp8_parameters(config, pp_rank)
-    return parameters * gradient_bytes(config), gathered
+    return parameters * gradient_bytes(config.precision), gathered

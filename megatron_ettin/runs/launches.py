@@ -39,8 +39,9 @@ from megatron_ettin.checkpoint.directory import (
     verify,
 )
 from megatron_ettin.config.key_names import current_name, nearest_key
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.config.resolve import to_yaml
-from megatron_ettin.config.schema import GUARD_KEYS, Config, key_types, science_keys
+from megatron_ettin.config.schema import GUARD_KEYS, BatchConfig, Config, key_types, science_keys
 from megatron_ettin.config.values import parse_skips, row_ranges
 from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
 from megatron_ettin.metrics import METRICS_FILE
@@ -137,12 +138,12 @@ def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow
     return changed
 
 
-def guard_rule_note(run_dir: Path, config: Config) -> str | None:
+def guard_rule_note(run_dir: Path, now: ResilienceConfig) -> str | None:
     """Return a line if the run began under an older version's rule for bad steps; None if not."""
     run = RunDirectory(run_dir)
     if not run.has_begun or fixes_guard(run.stored_groups):
         return None
-    before, now = run.config.resilience, config.resilience
+    before = run.config.resilience
     return (
         f"this run began under an older rule for spikes (resilience.on_spike={before.on_spike}); from here on it is"
         f" on_spike={now.on_spike}, judged by the logarithm of the gradient norm, and fixed for this run"
@@ -207,14 +208,14 @@ def origin(
     return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
 
 
-def order_record(config: Config, corpus: BlendedDataset) -> dict[str, Any]:
+def order_record(batch: BatchConfig, corpus: BlendedDataset) -> dict[str, Any]:
     """Return the content of order.json: which rows a run is trained on, in which order."""
     return {
         "fingerprint": corpus.fingerprint,
         "unskipped_fingerprint": corpus.unskipped_fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "datasets": [dataset.fingerprint for dataset in corpus.datasets],
-        "rows_per_step": config.batch.global_batch_rows,
+        "rows_per_step": batch.global_batch_rows,
         "mean_tokens_per_row": corpus.mean_tokens_per_row,
     }
 
@@ -227,7 +228,7 @@ def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset)
         corpus: the rows that the run records.
         reader: the rows that batches are read from, for instance a copy on this host.
     """
-    recorded, read = order_record(config, corpus), order_record(config, reader)
+    recorded, read = order_record(config.batch, corpus), order_record(config.batch, reader)
     for key, value in recorded.items():
         if read[key] != value:
             raise UserError(
@@ -240,7 +241,7 @@ def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset)
 def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: dict[str, Any]) -> None:
     """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
     write_atomically(run_dir / CONFIG, to_yaml(config))
-    write_atomically(run_dir / ORDER, json.dumps(order_record(config, corpus), indent=1) + "\n")
+    write_atomically(run_dir / ORDER, json.dumps(order_record(config.batch, corpus), indent=1) + "\n")
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
     record |= {"code": code_hash(), "commit": recorded_commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:

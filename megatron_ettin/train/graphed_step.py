@@ -48,7 +48,7 @@ class Capacity:
         labels = tokens * chance + DEVIATIONS * math.sqrt(tokens * chance * (1 - chance))
         rows = config.batch.micro_batch_rows
         # each row may end with padding, which is a chunk too
-        return cls(min(tokens, math.ceil(labels / 64) * 64), rows * (max_chunks_per_row(config) + 1) + 1)
+        return cls(min(tokens, math.ceil(labels / 64) * 64), rows * (max_chunks_per_row(config.data) + 1) + 1)
 
 
 class GraphedStep:
@@ -86,7 +86,7 @@ class GraphedStep:
             log_info(
                 f"runtime.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
                 f" captured one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
-                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}"
+                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config.data)}"
             )
         return fits
 

@@ -24,7 +24,7 @@ from megatron_ettin.checkpoint import directory, state
 from megatron_ettin.checkpoint.directory import read_config, read_progress
 from megatron_ettin.checkpoint.integrity import read_entries, verify, verify_blocks
 from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.config.schema import Config, OptimConfig
+from megatron_ettin.config.schema import Config, ModelConfig, OptimConfig
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.optim.adamw import stored_share
@@ -61,18 +61,18 @@ def begin(train_state: TrainState, args: TrainArgs, corpus: BlendedDataset) -> t
         return Progress(), "initial weights"
     source = directory.resolve(args.init_from) if step is None else directory.at_step(args.init_from, step)
     check_tokenizer(source, corpus)
-    keep = keeps_optimizer(source, source_config(source, config), config, args.keep_optimizer)
+    keep = keeps_optimizer(source, source_config(source, config.model), config, args.keep_optimizer)
     progress = load(train_state, source, with_optimizer=keep)
     updates = progress.updates if keep else 0
     return Progress(updates=updates), f"weights {'and optimizer ' if keep else ''}of {source}"
 
 
-def source_config(source: Path, config: Config) -> dict[str, Any]:
+def source_config(source: Path, expected: ModelConfig) -> dict[str, Any]:
     """Return the groups of a checkpoint's config. Raises UserError where its model shape is not this run's."""
     groups = directory.read_config(source)
-    model = groups.get("model") or {}
+    stored = groups.get("model") or {}
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
-        ours, theirs = getattr(config.model, key), model.get(key)
+        ours, theirs = getattr(expected, key), stored.get(key)
         if theirs is not None and theirs != ours:
             raise UserError(
                 f"--init-from {source}: has model.{key}={theirs}, this run {ours}; the shapes must be equal"
@@ -293,7 +293,7 @@ def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True
         if with_optimizer:
             assert train_state.optimizer is not None
             optimizer = train_state.optimizer.sharded_state(model, True)
-        if state.keeps_scales(train_state.config):
+        if state.keeps_scales(train_state.config.precision):
             scales = state.scales_in_use(train_state.model_chunks, model, state.stored_scales(checkpoint))
             model["fp8_scales"] = state.sharded(scales, train_state.layout)
         loaded = state.load_state(checkpoint, model, optimizer)

@@ -42,7 +42,11 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
     if left := describe_empty_rows(config, train_state.layout.topology.dp):
         log_info(f"batch: {left}")
     assert train_state.optimizer is not None
-    for note in (start_note(config, train_state.optimizer.can_skip), launches.guard_rule_note(run.directory, config)):
+    notes = (
+        start_note(config.resilience, config.parallel.engine, train_state.optimizer.can_skip),
+        launches.guard_rule_note(run.directory, config.resilience),
+    )
+    for note in notes:
         if note is not None:
             log_info(note)
     log_info(f"attention by {backend.attention.name} ({backend.attention.why})")

@@ -176,7 +176,7 @@ class Saver:
             if not request.milestone:
                 assert train_state.optimizer is not None
                 optimizer = train_state.optimizer.sharded_state(model, False)
-            if state.keeps_scales(train_state.config):
+            if state.keeps_scales(train_state.config.precision):
                 model["fp8_scales"] = state.sharded(
                     state.scales_in_use(train_state.model_chunks, model), train_state.layout
                 )

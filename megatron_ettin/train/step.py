@@ -92,7 +92,8 @@ def train_step(
         rows=batches.corpus.order_span(*batches.sizes.span(step)),
         seconds=time.perf_counter() - began,
         flops=training_flops(config.model, config.model.vocab_size, tokens, labels, *pairs),
-        extra=loss_by_objective(config, sums) | {name: sums[name] for name in sums if name not in STEP_SLOTS},
+        extra=loss_by_objective(config.run.objective, sums)
+        | {name: sums[name] for name in sums if name not in STEP_SLOTS},
         signal=max(ControlSignal(int(sums["signal"])), ControlSignal.STOP if sums["stop"] else ControlSignal.NONE),
         anomaly=anomaly,
         updated=not left_out,
@@ -212,11 +213,12 @@ def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
     totals.add("labels", None if losses is None else len(losses))
 
 
-def loss_by_objective(config: Config, sums: Mapping[str, float]) -> dict[str, Any]:
+def loss_by_objective(name: str, sums: Mapping[str, float]) -> dict[str, Any]:
     """Return, for a hybrid run, the mean loss of each row objective and the number of causal labels."""
-    if not OBJECTIVES[config.run.objective].is_hybrid:
+    objective = OBJECTIVES[name]
+    if not objective.is_hybrid:
         return {}
-    causal, masked = OBJECTIVES[config.run.objective].row_objectives
+    causal, masked = objective.row_objectives
     causal_loss, causal_labels = sums["causal_loss"], sums["causal_labels"]
     figures: dict[str, Any] = {f"labels_{causal}": int(causal_labels)}
     if causal_labels:
