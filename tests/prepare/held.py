@@ -14,14 +14,14 @@ from tests.data.corpora import prepare_here
 def documents(path: Path) -> list[tuple[str, str, list[int]]]:
     """Return (source, document id, ids without [CLS] and [SEP]) of every document, its chunks joined."""
     dataset = open_dataset(path)
-    found: dict[int, tuple[str, str, list[int]]] = {}
+    by_number: dict[int, tuple[str, str, list[int]]] = {}
     for i in range(dataset.num_chunks):
         source, name, start, number = dataset.document_of(i)
         ids = dataset.chunk(i).tolist()
-        document = found.setdefault(number, (source, name, []))
+        document = by_number.setdefault(number, (source, name, []))
         assert len(document[2]) == start
         document[2].extend(ids[1:-1])
-    return list(found.values())
+    return list(by_number.values())
 
 
 def prepared(folder: Path, *inputs: object, options: tuple[object, ...] = ()) -> list[tuple[str, str, list[int]]]:
@@ -36,10 +36,10 @@ def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
     capsys.readouterr()
     before = sorted(folder.rglob("*"))
     assert prepare_here(*arguments, "--out", folder / "refused", "--workers", 1) == 2
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1, told
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1, message
     assert sorted(folder.rglob("*")) == before
-    return told
+    return message
 
 
 def write_json(path: Path, content: object) -> None:

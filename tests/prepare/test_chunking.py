@@ -62,15 +62,15 @@ def test_framed_adds_cls_and_sep_to_every_piece() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((15,), "--chunk-tokens: 15; at least 16"),
         ((64, 63), "--min-chunk-tokens: 63"),
         ((64, 10, 11), "--skip-tokens: 11"),
     ],
 )
-def test_chunk_rule_impossible_sizes_are_refused(arguments: tuple[int, ...], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_chunk_rule_impossible_sizes_are_refused(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         chunk_rule(*arguments)
 
 

@@ -76,16 +76,16 @@ def test_prepare_slurm_rerun_reports_queued_jobs_and_resubmits_cancelled(
     cluster: dict[str, str], inputs: Path, tmp_path: Path
 ) -> None:
     arguments = [*slurm_arguments(inputs, tmp_path / "out"), "--json", "--slurm-arg=begin=now+600"]
-    told = [json.loads(finish(forked(arguments, **cluster))) for _ in range(2)]
-    assert (told[0]["new"], told[1]["new"]) == (True, False)
-    assert told[0]["jobs"] == told[1]["jobs"]
-    assert len(told[0]["jobs"]) == 2
-    assert told[1]["tasks_done"] == 0
-    assert told[1]["num_tasks"] == 2
-    cancel(cluster, told[0]["jobs"])
+    submitted = [json.loads(finish(forked(arguments, **cluster))) for _ in range(2)]
+    assert (submitted[0]["new"], submitted[1]["new"]) == (True, False)
+    assert submitted[0]["jobs"] == submitted[1]["jobs"]
+    assert len(submitted[0]["jobs"]) == 2
+    assert submitted[1]["tasks_done"] == 0
+    assert submitted[1]["num_tasks"] == 2
+    cancel(cluster, submitted[0]["jobs"])
     again = json.loads(finish(forked(arguments, **cluster)))  # what was cancelled is submitted again
     assert again["new"] is True
-    assert not set(again["jobs"]) & set(told[0]["jobs"])
+    assert not set(again["jobs"]) & set(submitted[0]["jobs"])
     cancel(cluster, again["jobs"])
 
 

@@ -29,10 +29,10 @@ TEXTS = [words(1 + 7 * i % 40, i) for i in range(60)]
 IDS = [f"doc-{i}" if i % 3 else None for i in range(60)]
 
 
-def table(kind: pyarrow.DataType | None = None) -> pyarrow.Table:
+def table(arrow_type: pyarrow.DataType | None = None) -> pyarrow.Table:
     text = pyarrow.array(TEXTS, pyarrow.string())
-    if kind is not None:
-        text = text.dictionary_encode() if pyarrow.types.is_dictionary(kind) else text.cast(kind)
+    if arrow_type is not None:
+        text = text.dictionary_encode() if pyarrow.types.is_dictionary(arrow_type) else text.cast(arrow_type)
     return pyarrow.table({"score": [0.5] * len(TEXTS), "text": text, "id": IDS})
 
 
@@ -52,17 +52,17 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "compression"),
+    ("arrow_type", "compression"),
     [("string", "zstd"), ("string", "none"), ("large", "snappy"), ("dictionary", "none")],
 )
 def test_prepare_parquet_of_any_string_type_and_codec_matches_jsonl(
-    kind: str, compression: str, tmp_path: Path, expected: list[list[int]]
+    arrow_type: str, compression: str, tmp_path: Path, expected: list[list[int]]
 ) -> None:
     path = tmp_path / "in.parquet"
-    pyarrow.parquet.write_table(table(KINDS[kind]), path, row_group_size=7, compression=compression)
-    found = prepared(tmp_path, path)
-    assert [ids for _, _, ids in found] == expected
-    assert [name for _, name, _ in found] == [name or f"in.parquet#{i}" for i, name in enumerate(IDS)]
+    pyarrow.parquet.write_table(table(KINDS[arrow_type]), path, row_group_size=7, compression=compression)
+    actual = prepared(tmp_path, path)
+    assert [ids for _, _, ids in actual] == expected
+    assert [name for _, name, _ in actual] == [name or f"in.parquet#{i}" for i, name in enumerate(IDS)]
 
 
 def small_tasks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -83,18 +83,18 @@ def test_cut_tasks_file_split_into_ranges_yields_every_document_once(
     for size in (1, 500, 1_000, 10_000):
         small_tasks(monkeypatch, size)
         tasks = cut_tasks(list_inputs([str(path)], "auto")[0])
-        found = [d for task in tasks for segment in task.segments for d in read_documents(segment, ReadOptions())]
-        assert [document.text for document in found] == TEXTS
-        assert [document.id for document in found] == [name or f"in.{suffix}#{i}" for i, name in enumerate(IDS)]
+        actual = [d for task in tasks for segment in task.segments for d in read_documents(segment, ReadOptions())]
+        assert [document.text for document in actual] == TEXTS
+        assert [document.id for document in actual] == [name or f"in.{suffix}#{i}" for i, name in enumerate(IDS)]
         assert len(tasks) > 3 or size == 10_000
 
 
 def test_prepare_saved_datasets_and_splits_match_jsonl(tmp_path: Path, expected: list[list[int]]) -> None:
     whole = datasets.Dataset.from_dict({"text": TEXTS, "id": IDS})
     whole.save_to_disk(str(tmp_path / "saved"), num_shards=3)
-    found = prepared(tmp_path, tmp_path / "saved")
-    assert [ids for _, _, ids in found] == expected
-    assert sorted({source for source, _, _ in found}) == [f"saved/data-{i:05d}-of-00003.arrow" for i in range(3)]
+    actual = prepared(tmp_path, tmp_path / "saved")
+    assert [ids for _, _, ids in actual] == expected
+    assert sorted({source for source, _, _ in actual}) == [f"saved/data-{i:05d}-of-00003.arrow" for i in range(3)]
     state = tmp_path / "saved" / "state.json"
     content = json.loads(state.read_text())
     content["_data_files"].reverse()  # the order is the state's, not the names'
@@ -141,15 +141,15 @@ def test_prepare_damaged_parquet_or_arrow_is_refused_by_name(
         writer.write_table(table(), max_chunksize=20)
     whole, stream = parquet.read_bytes(), arrow.read_bytes()
     parquet.write_bytes(whole[: len(whole) // 2])
-    told = refusal(capsys, tmp_path, parquet)
-    assert f"in.parquet: not a parquet file, or truncated: {len(whole) // 2} bytes" in told
+    message = refusal(capsys, tmp_path, parquet)
+    assert f"in.parquet: not a parquet file, or truncated: {len(whole) // 2} bytes" in message
     parquet.write_bytes(whole[:2_000] + bytes(100) + whole[2_100:])
     assert "in.parquet#" in refusal(capsys, tmp_path, parquet)
     parquet.write_bytes(b"")
     assert "in.parquet: " in refusal(capsys, tmp_path, parquet)
     arrow.write_bytes(stream[: len(stream) // 2])
-    told = refusal(capsys, tmp_path, arrow)
-    assert f"in.arrow: does not end as an Arrow stream does, at byte {len(stream) // 2}" in told
+    message = refusal(capsys, tmp_path, arrow)
+    assert f"in.arrow: does not end as an Arrow stream does, at byte {len(stream) // 2}" in message
     arrow.write_bytes(stream[: len(stream) // 2] + stream[-8:])
     assert "in.arrow#20: broken Arrow data, or truncated" in refusal(capsys, tmp_path, arrow)
 
@@ -157,13 +157,13 @@ def test_prepare_damaged_parquet_or_arrow_is_refused_by_name(
 def test_prepare_parquet_missing_or_unfit_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "in.parquet"
     pyarrow.parquet.write_table(table().rename_columns(["score", "texts", "id"]), path)
-    told = refusal(capsys, tmp_path, path)
-    assert "in.parquet: no text column 'text' (did you mean 'texts'?) and no token column 'input_ids'" in told
-    assert "columns found: score (double), texts (string), id (string)" in told
-    told = refusal(capsys, tmp_path, path, "--text-key", "score")
-    assert "in.parquet: column 'score' is double, not a string" in told
-    told = refusal(capsys, tmp_path, path, "--tokens-key", "texts")
-    assert "in.parquet: column 'texts' is string, not a list of integers" in told
+    message = refusal(capsys, tmp_path, path)
+    assert "in.parquet: no text column 'text' (did you mean 'texts'?) and no token column 'input_ids'" in message
+    assert "columns found: score (double), texts (string), id (string)" in message
+    message = refusal(capsys, tmp_path, path, "--text-key", "score")
+    assert "in.parquet: column 'score' is double, not a string" in message
+    message = refusal(capsys, tmp_path, path, "--tokens-key", "texts")
+    assert "in.parquet: column 'texts' is string, not a list of integers" in message
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", None]}), path)
     assert "in.parquet#2: 'text' is null, not a string" in refusal(capsys, tmp_path, path)
     raw = pyarrow.array([b"good", b"bad\xff"], pyarrow.binary())
@@ -192,9 +192,9 @@ def test_prepare_memory_filesystem_matches_local_and_refuses_bad_files(
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(saved), num_shards=2)
     memory.put(str(saved), f"{root}/saved", recursive=True)
-    found = prepared(tmp_path, f"memory:/{root}/lines", f"memory:/{root}/in.parquet", f"memory:/{root}/saved/")
-    assert [ids for _, _, ids in found] == expected * 4
-    assert list(dict.fromkeys(source for source, _, _ in found)) == [
+    actual = prepared(tmp_path, f"memory:/{root}/lines", f"memory:/{root}/in.parquet", f"memory:/{root}/saved/")
+    assert [ids for _, _, ids in actual] == expected * 4
+    assert list(dict.fromkeys(source for source, _, _ in actual)) == [
         "lines/a.jsonl",
         "lines/sub/b.jsonl.zst",
         "in.parquet",
@@ -215,11 +215,11 @@ def test_prepare_remote_file_in_ranges_matches_whole_file(
     memory.pipe(f"/{tmp_path.name}/a.jsonl", lines.encode())
     small_tasks(monkeypatch, 1_000)
     monkeypatch.setattr(inputs, "SMALLEST_TASK_BYTES", 1_000)
-    found = prepared(tmp_path, f"memory://{tmp_path.name}/a.jsonl")
-    assert [ids for _, _, ids in found] == expected
+    actual = prepared(tmp_path, f"memory://{tmp_path.name}/a.jsonl")
+    assert [ids for _, _, ids in actual] == expected
     starts = [0, *itertools.accumulate(len(line) + 1 for line in lines.splitlines())]
     # byte offsets in place of line numbers: nobody counts the lines of a remote file
-    assert [name for _, name, _ in found] == [f"a.jsonl@{start}" for start in starts[:-1]]
+    assert [name for _, name, _ in actual] == [f"a.jsonl@{start}" for start in starts[:-1]]
     assert len(list((tmp_path / "out0").glob("*.bin"))) > 3
     memory.rm(f"/{tmp_path.name}", recursive=True)
 
@@ -234,8 +234,8 @@ def test_prepare_remote_read_error_is_one_line(
         raise RuntimeError("Connection reset by peer.\nand more")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.readline", fail, raising=False)
-    told = refusal(capsys, tmp_path, f"memory://{tmp_path.name}/a.jsonl")
-    assert f"{tmp_path.name}/a.jsonl: cannot be read (RuntimeError: Connection reset by peer)" in told
+    message = refusal(capsys, tmp_path, f"memory://{tmp_path.name}/a.jsonl")
+    assert f"{tmp_path.name}/a.jsonl: cannot be read (RuntimeError: Connection reset by peer)" in message
     memory.rm(f"/{tmp_path.name}", recursive=True)
 
 
@@ -243,8 +243,8 @@ def test_prepare_source_names_are_the_same_for_any_path_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in" / "sub" / "deep").mkdir(parents=True)
-    for i, place in enumerate((".", "sub", "sub/deep")):
-        (tmp_path / "in" / place / "a.txt").write_text(f"Text {i}.")
+    for i, folder in enumerate((".", "sub", "sub/deep")):
+        (tmp_path / "in" / folder / "a.txt").write_text(f"Text {i}.")
     monkeypatch.chdir(tmp_path)
     ways = [prepared(tmp_path, way) for way in ("in", "in/", "./in", f"{tmp_path}/in/", "in/sub/..")]
     assert [source for source, _, _ in ways[0]] == ["in/a.txt", "in/sub/a.txt", "in/sub/deep/a.txt"]
@@ -285,8 +285,8 @@ def test_encode_arrays_long_texts_are_batched_by_bounded_characters(
     long = words(3_000, 9)
     batch = ["", long, "short", *TEXTS[:5], long, ""]
     watched = Tokenizer(Watched(), tokenizer.roles, "watched")
-    found = [ids.tolist() for ids in watched.encode_arrays(batch)]
-    assert found == [tokenizer.encode_batch([text])[0] for text in batch]
+    actual = [ids.tolist() for ids in watched.encode_arrays(batch)]
+    assert actual == [tokenizer.encode_batch([text])[0] for text in batch]
     assert max(sizes) < 1_600
     assert len(sizes) > 20
 
@@ -299,9 +299,10 @@ def test_prepare_file_url_is_read_as_a_path(tmp_path: Path, expected: list[list[
 def test_prepare_url_protocol_without_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if any(spec == "adlfs" for spec in os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         pytest.skip("adlfs is there")
-    told = refusal(capsys, tmp_path, "abfs://container/in.jsonl")
+    message = refusal(capsys, tmp_path, "abfs://container/in.jsonl")
     assert (
-        "abfs://container/in.jsonl: reading abfs:// needs a package that is not installed (pip install adlfs)" in told
+        "abfs://container/in.jsonl: reading abfs:// needs a package that is not installed (pip install adlfs)"
+        in message
     )
     assert "Protocol not known: absent" in refusal(capsys, tmp_path, "absent://x/in.jsonl")
 
@@ -314,8 +315,8 @@ def test_prepare_chunking_options_are_validated_and_recorded(
     assert "--chunking: 'plan' (did you mean 'plain'?); allowed: recipe, plain" in refusal(
         capsys, tmp_path, source, "--chunking", "plan"
     )
-    told = refusal(capsys, tmp_path, source, "--chunking", "plain", "--skip-tokens", "5")
-    assert "--chunking plain keeps every piece" in told
+    message = refusal(capsys, tmp_path, source, "--chunking", "plain", "--skip-tokens", "5")
+    assert "--chunking plain keeps every piece" in message
     assert "--end-token: 'first'; allowed: every, last, none" in refusal(
         capsys, tmp_path, source, "--end-token", "first"
     )
@@ -331,6 +332,6 @@ def test_prepare_chunking_options_are_validated_and_recorded(
 def test_prepare_help_lists_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for format_name in inputs.FORMATS:
-        assert format_name in told
+        assert format_name in printed

@@ -34,8 +34,8 @@ def written_by_core(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pa
 def test_train_on_prepared_megatron_indexed_dataset_learns(
     written_by_core: Path, tiny_tokenizer: Path, tmp_path: Path, pool: Pool
 ) -> None:
-    words = ["--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
-    assert prepare_here(f"{written_by_core}.idx", "--out", tmp_path / "dataset", *words) == 0
+    arguments = ["--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
+    assert prepare_here(f"{written_by_core}.idx", "--out", tmp_path / "dataset", *arguments) == 0
     dataset = open_dataset(tmp_path / "dataset")
     tokenizer = load_tokenizer(tiny_tokenizer)
     assert dataset.num_documents == 300

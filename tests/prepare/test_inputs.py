@@ -71,17 +71,17 @@ def test_list_inputs_text_in_or_above_folder_of_parquet_is_refused_naming_both(t
     """The texts were dropped, and the dataset was made of the parquet alone."""
     write_parquet(tmp_path / above / "extra.parquet", text=["a"])
     (tmp_path / "page1.md").write_text("a page of the corpus")
-    told = refused(tmp_path)
-    assert "extra.parquet is parquet" in told
-    assert "page1.md is text" in told
+    message = refused(tmp_path)
+    assert "extra.parquet is parquet" in message
+    assert "page1.md is text" in message
 
 
 def test_list_inputs_folder_of_text_and_lines_is_refused_naming_both(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl")
     (tmp_path / "notes.txt").write_text("are these of the corpus?")
-    told = refused(tmp_path)
-    assert "a.jsonl is jsonl" in told
-    assert "notes.txt is text" in told
+    message = refused(tmp_path)
+    assert "a.jsonl is jsonl" in message
+    assert "notes.txt is text" in message
 
 
 def test_list_inputs_folder_of_texts_reads_its_readme(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ LINE_NAMES = {
 @pytest.mark.parametrize("name", LINE_NAMES)
 def test_list_inputs_names_of_json_lines_are_known(tmp_path: Path, name: str) -> None:
     write_lines(tmp_path / name)
-    named, found = (list_inputs([str(place)], "auto")[0] for place in (tmp_path / name, tmp_path))
+    named, listed = (list_inputs([str(folder)], "auto")[0] for folder in (tmp_path / name, tmp_path))
     assert [(file.format, file.compression) for file in named] == [("jsonl", LINE_NAMES[name])]
-    assert [(file.format, file.compression) for file in found] == [("jsonl", LINE_NAMES[name])]
+    assert [(file.format, file.compression) for file in listed] == [("jsonl", LINE_NAMES[name])]
 
 
 PACKERS = {"bz2": bz2.compress, "xz": lzma.compress}
@@ -164,10 +164,10 @@ def test_list_inputs_folder_mostly_of_unknown_extensions_is_refused(tmp_path: Pa
     (tmp_path / "readme.md").write_text("a little text")
     for i in range(3):
         (tmp_path / f"{i}.py").write_text("the corpus that was meant = 1\n" * 9)
-    told = refused(tmp_path)
-    assert "3 of 4 files" in told
-    assert "3 .py" in told
-    assert "--format text" in told
+    message = refused(tmp_path)
+    assert "3 of 4 files" in message
+    assert "3 .py" in message
+    assert "--format text" in message
 
 
 def test_prepare_reports_unknown_extensions_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,10 +176,10 @@ def test_prepare_reports_unknown_extensions_apart(tmp_path: Path, capsys: pytest
     (tmp_path / "in" / "b.py").write_text("pass")
     (tmp_path / "in" / "c.txt").touch()
     assert prepare_here(tmp_path / "in", "--out", tmp_path / "out", "--workers", 1) == 0
-    told = capsys.readouterr().out
-    assert "1 file passed over, whose extension does not say what is in them (1 .py; `--format text` reads" in told
-    assert "1 file passed over, empty: " in told
-    assert "warning" not in told
+    printed = capsys.readouterr().out
+    assert "1 file passed over, whose extension does not say what is in them (1 .py; `--format text` reads" in printed
+    assert "1 file passed over, empty: " in printed
+    assert "warning" not in printed
     (tmp_path / "in" / "b.py").write_text("pass\n" * 99)
     assert prepare_here(tmp_path / "in", "--out", tmp_path / "more", "--workers", 1) == 0
     assert "warning: more bytes than were read: 1 file passed over" in capsys.readouterr().out
@@ -216,12 +216,12 @@ def test_prepare_file_name_that_is_not_utf8_is_refused(tmp_path: Path, capsys: p
 def test_prepare_key_options_choose_between_text_and_tokens(
     tmp_path: Path, options: tuple[str, ...], expected: str, tokenizer: Tokenizer
 ) -> None:
-    found = {"text": tokenizer.encode_batch(["some words"])[0], "tokens": [7, 8, 9]}
+    token_ids = {"text": tokenizer.encode_batch(["some words"])[0], "tokens": [7, 8, 9]}
     write_parquet(tmp_path / "both.parquet", text=["some words"], input_ids=[[50281, 7, 8, 9, 50282]])
     out = tmp_path / "out"
     assert prepare_here(tmp_path / "both.parquet", "--out", out, "--workers", 1, *options) == 0
     ((_, _, ids),) = documents(out)
-    assert ids == found[expected]
+    assert ids == token_ids[expected]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_prepare_output_url_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def test_train_overrides_between_options_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_ettin.cli.main import main
 
-    words = ["train", "--size", "17m", "run.steps=7", "--objective", "clm", "--phase", "pretrain"]
-    assert main([*words, "batch.warmup_tokens=0", "--dry-run", "data.seq_len=64", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["steps"] == 7
+    arguments = ["train", "--size", "17m", "run.steps=7", "--objective", "clm", "--phase", "pretrain"]
+    assert main([*arguments, "batch.warmup_tokens=0", "--dry-run", "data.seq_len=64", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["steps"] == 7

@@ -35,12 +35,12 @@ def test_prepare_mds_encodings_hashes_and_codecs_are_read_or_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "hashes/br":
-        told = refusal(capsys, tmp_path, FIXTURES / name)
-        assert "shard.00000.mds.br: compressed by 'br'; zstd and uncompressed are read" in told
+        message = refusal(capsys, tmp_path, FIXTURES / name)
+        assert "shard.00000.mds.br: compressed by 'br'; zstd and uncompressed are read" in message
         return
-    found = prepared(tmp_path, FIXTURES / name)
-    assert [ids for _, _, ids in found] == [inner(ids) for ids in EXPECTED[name]]
-    assert [document for _, document, _ in found] == [f"{Path(name).name}-{i}" for i in range(len(found))]
+    actual = prepared(tmp_path, FIXTURES / name)
+    assert [ids for _, _, ids in actual] == [inner(ids) for ids in EXPECTED[name]]
+    assert [document for _, document, _ in actual] == [f"{Path(name).name}-{i}" for i in range(len(actual))]
     by_length = prepared(tmp_path, FIXTURES / name, options=("--id-key", "len"))
     assert [document for _, document, _ in by_length] == [str(len(ids)) for ids in EXPECTED[name]]
 
@@ -56,21 +56,21 @@ def test_prepare_mds_release_layout_reads_every_part_in_order(tmp_path: Path) ->
         for part in ("part0", "part1")
         for sample in json.loads((FIXTURES / "tokens" / f"{part}.expected.json").read_text())
     ]
-    found = prepared(tmp_path, root)
-    assert [(document, ids) for _, document, ids in found] == expected
-    assert found[0][0] == "tokens/part0/shard.00000.mds"
+    actual = prepared(tmp_path, root)
+    assert [(document, ids) for _, document, ids in actual] == expected
+    assert actual[0][0] == "tokens/part0/shard.00000.mds"
 
 
 def test_prepare_mds_text_column_is_read_and_named_by_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    found = prepared(tmp_path, FIXTURES / "text")
-    assert len(found) == 12
+    actual = prepared(tmp_path, FIXTURES / "text")
+    assert len(actual) == 12
     raw = (FIXTURES / "text" / "shard.00000.mds").read_bytes()
-    for _, _, ids in found:
+    for _, _, ids in actual:
         assert tokenizer.decode(ids).removeprefix(" ").encode() in raw
     by_number = prepared(tmp_path, FIXTURES / "text", options=("--id-key", "absent"))
     assert [document for _, document, _ in by_number] == [f"text/shard.00000.mds#{i}" for i in range(12)]
     by_id = prepared(tmp_path, FIXTURES / "text", options=("--text-key", "id", "--id-key", "absent"))
-    assert [tokenizer.decode(ids).strip() for _, _, ids in by_id] == [document for _, document, _ in found]
+    assert [tokenizer.decode(ids).strip() for _, _, ids in by_id] == [document for _, document, _ in actual]
 
 
 def test_prepare_mds_root_index_decides_which_shards_are_read(tmp_path: Path) -> None:
@@ -80,18 +80,18 @@ def test_prepare_mds_root_index_decides_which_shards_are_read(tmp_path: Path) ->
     root = copied("nested", tmp_path)
     shutil.copy(FIXTURES / "nested.merged.index.json", root / "index.json")
     with_root = prepared(tmp_path, root)
-    assert [found[1:] for found in with_root] == [found[1:] for found in without]
+    assert [entry[1:] for entry in with_root] == [entry[1:] for entry in without]
     assert with_root[0][0] == "in/a/shard.00000.mds"
     deep = tmp_path / "deep"
     shutil.copytree(FIXTURES / "nested" / "b", deep / "x" / "y")
-    assert [found[2] for found in prepared(tmp_path, deep)] == [inner(ids) for ids in EXPECTED["nested/b"]]
+    assert [entry[2] for entry in prepared(tmp_path, deep)] == [inner(ids) for ids in EXPECTED["nested/b"]]
     index = json.loads((root / "index.json").read_text())
     index["shards"] = index["shards"][1:2]
     write_json(root / "index.json", index)
     chosen = prepared(tmp_path, root)
     assert {source for source, _, _ in chosen} == {"in/" + index["shards"][0]["raw_data"]["basename"]}
     by_index = prepared(tmp_path, root / "index.json")
-    assert [found[1:] for found in by_index] == [found[1:] for found in chosen]
+    assert [entry[1:] for entry in by_index] == [entry[1:] for entry in chosen]
 
 
 def test_prepare_mds_raw_shard_is_preferred_to_compressed(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_prepare_mds_raw_shard_is_preferred_to_compressed(tmp_path: Path) -> Non
 def test_prepare_mds_index_naming_absent_shard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("tokens/part0", tmp_path)
     (root / "shard.00001.mds").unlink()
-    told = refusal(capsys, tmp_path, root)
-    assert f"{root}/index.json: names the shard 'shard.00001.mds', which is not there" in told
+    message = refusal(capsys, tmp_path, root)
+    assert f"{root}/index.json: names the shard 'shard.00001.mds', which is not there" in message
     shutil.copy(FIXTURES / "nested.merged.index.json", root / "index.json")
     assert "names the shard 'a/shard.00000.mds'" in refusal(capsys, tmp_path, root)
 
@@ -132,9 +132,9 @@ def test_prepare_mds_flipped_bit_is_found_by_its_hash(
     (root / "shard.00000.mds").write_bytes(raw)
     shard["zip_data"] = None
     write_json(root / "index.json", index)
-    told = refusal(capsys, tmp_path, root)
-    assert f"shard.00000.mds: damaged, its {algorithm} is " in told
-    assert "index.json says " in told
+    message = refusal(capsys, tmp_path, root)
+    assert f"shard.00000.mds: damaged, its {algorithm} is " in message
+    assert "index.json says " in message
 
 
 def changed_index(root: Path, **changes: object) -> None:
@@ -204,21 +204,21 @@ def test_prepare_mds_column_that_is_not_integers_is_refused(tmp_path: Path, caps
     root = copied("dtypes/static_uint32", tmp_path)
     for encoding in ("ndarray:float32", "bytes"):
         changed_index(root, column_encodings=["str", encoding, "int"])
-        told = refusal(capsys, tmp_path, root)
-        assert f"column 'input_ids' is encoded as {encoding!r}, not an ndarray of integers" in told
-    told = refusal(capsys, tmp_path, FIXTURES / "text", "--text-key", "absent", "--tokens-key", "id")
-    assert "column 'id' is encoded as 'str', not an ndarray of integers" in told
+        message = refusal(capsys, tmp_path, root)
+        assert f"column 'input_ids' is encoded as {encoding!r}, not an ndarray of integers" in message
+    message = refusal(capsys, tmp_path, FIXTURES / "text", "--text-key", "absent", "--tokens-key", "id")
+    assert "column 'id' is encoded as 'str', not an ndarray of integers" in message
 
 
 def test_prepare_mds_ids_outside_vocabulary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = tmp_path / "tokenizer"
     small.mkdir()
     (small / "tokenizer.json").write_text(SMALL_TOKENIZER)
-    told = refusal(capsys, tmp_path, FIXTURES / "tokens" / "part0", "--tokenizer", small)
+    message = refusal(capsys, tmp_path, FIXTURES / "tokens" / "part0", "--tokenizer", small)
     first = json.loads((FIXTURES / "tokens" / "part0.expected.json").read_text())[0]["input_ids"][0]
-    assert f"shard.00000.mds#0: token id {first} at position 0; the tokenizer's vocabulary has ids 0 to 2" in told
-    told = refusal(capsys, tmp_path, FIXTURES / "dtypes" / "static_int8", "--tokenizer", small)
-    assert f"shard.00000.mds#0: token id {EXPECTED['dtypes/static_int8'][0][0]} at position 0" in told
+    assert f"shard.00000.mds#0: token id {first} at position 0; the tokenizer's vocabulary has ids 0 to 2" in message
+    message = refusal(capsys, tmp_path, FIXTURES / "dtypes" / "static_int8", "--tokenizer", small)
+    assert f"shard.00000.mds#0: token id {EXPECTED['dtypes/static_int8'][0][0]} at position 0" in message
 
 
 SMALL_TOKENIZER = json.dumps(
@@ -242,26 +242,26 @@ def test_prepare_mds_compressed_and_raw_shards_give_the_same_bytes(tmp_path: Pat
         packed.with_suffix("").write_bytes(zstandard.decompress(packed.read_bytes()))
         packed.unlink()
     unpacked, packed_ = prepared(tmp_path, plain), prepared(tmp_path, FIXTURES / "tokens" / "part1")
-    assert [found[1:] for found in unpacked] == [found[1:] for found in packed_]
+    assert [entry[1:] for entry in unpacked] == [entry[1:] for entry in packed_]
     assert (tmp_path / "out0" / "shard_00000.bin").read_bytes() == (tmp_path / "out1" / "shard_00000.bin").read_bytes()
     assert len(documents(tmp_path / "out1")) == 40
 
 
 def test_prepare_mds_input_location_does_not_change_the_dataset(tmp_path: Path) -> None:
-    found = []
-    for place in ("here", "there"):
-        shutil.copytree(FIXTURES / "tokens", tmp_path / place / "tokens")
-        prepared(tmp_path, tmp_path / place / "tokens")
-        found.append(files_of(tmp_path / f"out{len(found)}"))
-    assert found[0] == found[1]
+    actual = []
+    for folder in ("here", "there"):
+        shutil.copytree(FIXTURES / "tokens", tmp_path / folder / "tokens")
+        prepared(tmp_path, tmp_path / folder / "tokens")
+        actual.append(files_of(tmp_path / f"out{len(actual)}"))
+    assert actual[0] == actual[1]
 
 
 def test_prepare_mds_hash_of_compressed_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("hashes/sha1", tmp_path)
     shard = json.loads((root / "index.json").read_text())["shards"][0]
     changed_index(root, zip_data={**shard["zip_data"], "hashes": {"sha1": "0" * 40}})
-    told = refusal(capsys, tmp_path, root)
-    assert f"shard.00000.mds.zstd: damaged, its sha1 is {shard['zip_data']['hashes']['sha1']}, " in told
+    message = refusal(capsys, tmp_path, root)
+    assert f"shard.00000.mds.zstd: damaged, its sha1 is {shard['zip_data']['hashes']['sha1']}, " in message
 
 
 @pytest.mark.parametrize("encoding", ["ndarray:uint16:2,3", "ndarray:uint16", "ndarray"])

@@ -40,7 +40,7 @@ def test_prepare_directory_of_folders_reads_text_and_compressed_jsonl(tmp_path: 
     (root / "lines" / "c.jsonl.zst").write_bytes(zstandard.compress(line[:20]) + zstandard.compress(line[20:]))
     done = ettin("prepare", root, "--out", tmp_path / "out", "--workers", 2, "--json", "--seq-len", "1024,2048")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    summary = json.loads(done.stdout)
     assert documents_in(tmp_path / "out") == [
         ("in/b.txt", "in/b.txt"),
         ("in/lines/a.jsonl.gz", "7"),
@@ -48,8 +48,8 @@ def test_prepare_directory_of_folders_reads_text_and_compressed_jsonl(tmp_path: 
         ("in/lines/c.jsonl.zst", "7"),
         ("in/sub/a.md", "in/sub/a.md"),
     ]
-    assert (told["documents"], told["empty_documents"], len(told["passed_over"])) == (5, 2, 2)
-    assert [plan["seq_len"] for plan in told["rows"]] == [1024, 2048]
+    assert (summary["documents"], summary["empty_documents"], len(summary["passed_over"])) == (5, 2, 2)
+    assert [plan["seq_len"] for plan in summary["rows"]] == [1024, 2048]
     dataset = open_dataset(tmp_path / "out")
     assert tokenizer.decode(dataset.chunk(0).tolist()) == "[CLS] Second text.[SEP]"
     assert tokenizer.decode(dataset.chunk(1).tolist()) == "[CLS] Packed \ufffd text.[SEP]"
@@ -66,16 +66,16 @@ def test_read_documents_of_split_jsonl_yields_each_line_once_with_offset(
     offsets = [sum(map(len, lines[:i])) for i in range(len(lines))]
     numbers = [1 + "".join(lines[:i]).count("\n") for i in range(len(lines))]
     whole = cut_tasks(list_inputs([str(path)], "auto")[0])[0].segments[0]
-    found = [(d.id, d.text) for d in read_documents(whole, ReadOptions())]
-    assert found == [(f"lines.jsonl:{number}", text) for number, text in zip(numbers, texts, strict=True)]
+    actual = [(d.id, d.text) for d in read_documents(whole, ReadOptions())]
+    assert actual == [(f"lines.jsonl:{number}", text) for number, text in zip(numbers, texts, strict=True)]
     for task_bytes in (1, 2, 7, 40, 41, 100, 1_000):
         monkeypatch.setattr(inputs, "TASK_BYTES", task_bytes)
         monkeypatch.setattr(inputs, "MOST_TASKS", 1 << 40)
         tasks = cut_tasks(list_inputs([str(path)], "auto")[0])
         segments = [segment for task in tasks for segment in task.segments]
         assert len(segments) > 1
-        found = [(d.id, d.text) for segment in segments for d in read_documents(segment, ReadOptions())]
-        assert found == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
+        actual = [(d.id, d.text) for segment in segments for d in read_documents(segment, ReadOptions())]
+        assert actual == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
 
 
 def test_prepare_two_workers_resumed_after_kill_write_the_bytes_of_one(

@@ -78,14 +78,14 @@ CASES = {
 def test_prepare_invalid_input_or_option_is_refused_in_one_line(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, options, told = CASES[case]
+    make, options, message = CASES[case]
     inputs = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     workers = [] if "--workers" in options else ["--workers", "1"]
     capsys.readouterr()
     assert prepare_here(*inputs, "--out", tmp_path / "out", *workers, *options) == 2
     printed = capsys.readouterr()
-    assert told in printed.err
+    assert message in printed.err
     assert printed.err.startswith("ettin prepare: ")
     assert len(printed.err.splitlines()) == 1
     assert not printed.out

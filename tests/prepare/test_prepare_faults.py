@@ -44,12 +44,12 @@ KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "4"))
 
 def marked_processes(mark: str) -> list[psutil.Process]:
     """Every living process that was started, however indirectly, with this mark in its environment."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("ETTIN_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def write_parts(folder: Path, bad: int | None = None) -> list[str]:
@@ -215,9 +215,9 @@ def test_prepare_changed_inputs_are_refused_without_replan(
 ) -> None:
     """The frozen plan holds resolved paths: the same inputs named from another directory are recognized."""
 
-    def refused(*words: str) -> str:
+    def refused(*arguments: str) -> str:
         capsys.readouterr()
-        assert prepare_small_tasks(*words) == 2
+        assert prepare_small_tasks(*arguments) == 2
         (line,) = without_progress(capsys.readouterr().err)
         return line
 
@@ -243,22 +243,22 @@ def test_prepare_changed_inputs_are_refused_without_replan(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-def write_in_between(path: Path, change: str, *words: str) -> int:
+def write_in_between(path: Path, change: str, *arguments: str) -> int:
     """Run `ettin WORDS` here; another process changes `path` after it was listed, or after it was read."""
     from megatron_ettin.prepare import run
 
     real = run.run_here if change == "written" else run.list_inputs
 
     def changed(*given: Any) -> Any:
-        found = real(*given)
+        result = real(*given)
         if change == "written":
             path.write_bytes(path.read_bytes().replace(b"the", b"not"))
         else:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rpartition(b"\n")[0] + b"\n")
-        return found
+        return result
 
     with mock.patch.object(run, real.__name__, changed):
-        return main(list(words))
+        return main(list(arguments))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])

@@ -66,9 +66,9 @@ def test_prepare_output_inside_input_is_never_an_input(tmp_path: Path, capsys: p
     assert prepare_here(*arguments, tmp_path / "in" / "corpus") == 0
     assert "already complete" in capsys.readouterr().out
     assert prepare_here(*arguments, tmp_path / "other") == 2  # read the tokens of corpus/ and none of the texts
-    told = capsys.readouterr().err
-    assert "a.txt is text" in told
-    assert "shard_00000.bin is indexed" in told
+    message = capsys.readouterr().err
+    assert "a.txt is text" in message
+    assert "shard_00000.bin is indexed" in message
 
 
 def test_prepare_folder_of_texts_and_a_dataset_of_them_is_refused(
@@ -81,9 +81,9 @@ def test_prepare_folder_of_texts_and_a_dataset_of_them_is_refused(
     assert prepare_here(*arguments, tmp_path / "in" / "first") == 0
     capsys.readouterr()
     assert prepare_here(*arguments, tmp_path / "second") == 2
-    told = capsys.readouterr().err
-    assert "is indexed and" in told
-    assert "a.jsonl is jsonl: which of them is the corpus?" in told
+    message = capsys.readouterr().err
+    assert "is indexed and" in message
+    assert "a.jsonl is jsonl: which of them is the corpus?" in message
     assert not (tmp_path / "second").exists()
 
 

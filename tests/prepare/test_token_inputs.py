@@ -51,16 +51,18 @@ def test_without_outer_specials_removes_one_frame_only(ids: list[int], frame: in
     assert without_outer_specials(np.array([CLS, PAD, PAD], dtype), expected).tolist() == []
 
 
-@pytest.mark.parametrize("kind", ["list<uint16>", "large_list<int64>", "list<int32>"])
-def test_prepare_token_columns_of_parquet_and_saved_dataset_keep_ids(kind: str, tmp_path: Path) -> None:
-    value = {"uint16": pyarrow.uint16(), "int64": pyarrow.int64(), "int32": pyarrow.int32()}[kind.split("<")[1][:-1]]
-    lists = pyarrow.large_list(value) if kind.startswith("large") else pyarrow.list_(value)
+@pytest.mark.parametrize("column_type", ["list<uint16>", "large_list<int64>", "list<int32>"])
+def test_prepare_token_columns_of_parquet_and_saved_dataset_keep_ids(column_type: str, tmp_path: Path) -> None:
+    value = {"uint16": pyarrow.uint16(), "int64": pyarrow.int64(), "int32": pyarrow.int32()}[
+        column_type.split("<")[1][:-1]
+    ]
+    lists = pyarrow.large_list(value) if column_type.startswith("large") else pyarrow.list_(value)
     columns = {"input_ids": pyarrow.array(FRAMED, lists), "id": [f"d{i}" for i in range(len(FRAMED))]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet", row_group_size=3)
-    found = prepared(tmp_path, tmp_path / "in.parquet")
-    assert [ids for _, _, ids in found] == DOCUMENTS
-    assert [name for _, name, _ in found] == [f"d{i}" for i in range(len(FRAMED))]
-    if kind == "list<int32>":
+    actual = prepared(tmp_path, tmp_path / "in.parquet")
+    assert [ids for _, _, ids in actual] == DOCUMENTS
+    assert [name for _, name, _ in actual] == [f"d{i}" for i in range(len(FRAMED))]
+    if column_type == "list<int32>":
         datasets.Dataset(pyarrow.table(columns).rename_columns(["tokens", "id"])).save_to_disk(str(tmp_path / "saved"))
         saved = prepared(tmp_path, tmp_path / "saved", options=("--tokens-key", "tokens"))
         assert [ids for _, _, ids in saved] == DOCUMENTS
@@ -88,13 +90,13 @@ def test_holdout_of_token_inputs_depends_on_the_ids(tmp_path: Path) -> None:
     ids = [[10, 20 + i % 40, 30] for i in range(120)]
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": ids}), tmp_path / "in.parquet")
     assert prepare_here(tmp_path / "in.parquet", "--out", tmp_path / "out", "--holdout", 0.3, "--workers", 1) == 0
-    sides = [{tuple(found) for _, _, found in documents(tmp_path / "out" / part)} for part in (".", "heldout")]
-    assert sides[0] | sides[1] == {tuple(found) for found in ids}
+    sides = [{tuple(token_ids) for _, _, token_ids in documents(tmp_path / "out" / part)} for part in (".", "heldout")]
+    assert sides[0] | sides[1] == {tuple(token_ids) for token_ids in ids}
     assert not sides[0] & sides[1]
-    for found in sides[1]:
-        key = hashlib.sha256(struct.pack(f"<{len(found)}I", *found)).hexdigest()
+    for token_ids in sides[1]:
+        key = hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).hexdigest()
         file = InputFile("", "", "", "parquet", None, 0)
-        assert document_key(Document(file, "", tokens=np.array(found, np.uint32))) == key
+        assert document_key(Document(file, "", tokens=np.array(token_ids, np.uint32))) == key
         assert is_held_out(key, 0.3)
 
 
@@ -118,9 +120,9 @@ def test_prepare_megatron_pair_of_any_dtype_keeps_documents(
     write_pair(tmp_path / "pairs" / "corpus_text_document", sequences, [len(d) for d in parts], dtype)
     expected = [[i for ids in document for i in ids] for document in parts]
     prefix = tmp_path / "pairs" / "corpus_text_document"
-    found = prepared(tmp_path, tmp_path / "pairs")
-    assert [ids for _, _, ids in found] == expected
-    assert [name for _, name, _ in found] == [f"pairs/corpus_text_document#{i}" for i in range(40)]
+    actual = prepared(tmp_path, tmp_path / "pairs")
+    assert [ids for _, _, ids in actual] == expected
+    assert [name for _, name, _ in actual] == [f"pairs/corpus_text_document#{i}" for i in range(40)]
     monkeypatch.setattr(inputs, "TASK_BYTES", 97)
     monkeypatch.setattr(inputs, "SMALLEST_TASK_BYTES", 97)
     assert [ids for _, _, ids in prepared(tmp_path, prefix)] == expected
@@ -149,37 +151,37 @@ def test_prepare_own_dataset_rechunked_keeps_documents_and_holdout(
     assert prepare_here(source, "--out", tmp_path / "long", "--chunk-tokens", 256, "--holdout", 0.2, *plain) == 0
     for part in (".", "heldout"):
         again = prepared(tmp_path, tmp_path / "short" / part, options=("--chunk-tokens", 256))
-        assert [found[1:] for found in again] == [found[1:] for found in documents(tmp_path / "long" / part)]
+        assert [entry[1:] for entry in again] == [entry[1:] for entry in documents(tmp_path / "long" / part)]
     assert (tmp_path / "out0" / "shard_00000.bin").read_bytes() == (tmp_path / "long" / "shard_00000.bin").read_bytes()
 
     manifest = json.loads((tmp_path / "short" / "manifest.json").read_text())
     del manifest["content_sha256"]
     manifest["tokenizer"]["fingerprint"] = "0" * 64
     (tmp_path / "short" / "manifest.json").write_text(json.dumps(manifest))
-    told = refusal(capsys, tmp_path, tmp_path / "short")
-    assert "shard_00000.bin: made with another tokenizer: 000000000000..., " in told
+    message = refusal(capsys, tmp_path, tmp_path / "short")
+    assert "shard_00000.bin: made with another tokenizer: 000000000000..., " in message
     (tmp_path / "short" / "shard_00000.bin").unlink()
-    told = refusal(capsys, tmp_path, tmp_path / "short")
-    assert "manifest.json: names shard_00000.bin, which is not there" in told
+    message = refusal(capsys, tmp_path, tmp_path / "short")
+    assert "manifest.json: names shard_00000.bin, which is not there" in message
 
 
 def test_prepare_token_ids_outside_vocabulary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule = "the tokenizer's vocabulary has ids 0 to 50367"
     rows = [[1, 2], [CLS, 7, 8, 50_368, 9], [-1]]
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "in.parquet")
-    told = refusal(capsys, tmp_path, tmp_path / "in.parquet")
-    assert f"in.parquet#1: token id 50368 at position 3; {rule}" in told
+    message = refusal(capsys, tmp_path, tmp_path / "in.parquet")
+    assert f"in.parquet#1: token id 50368 at position 3; {rule}" in message
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows[::2]}), tmp_path / "in.parquet")
     assert f"in.parquet#1: token id -1 at position 0; {rule}" in refusal(capsys, tmp_path, tmp_path / "in.parquet")
     write_pair(tmp_path / "pair", [[1, 2], [3], [4, 60_000]], [1, 2], np.dtype("<u2"))
-    told = refusal(capsys, tmp_path, tmp_path / "pair")
-    assert f"pair.bin: document 1: token id 60000 at position 2; {rule}" in told
+    message = refusal(capsys, tmp_path, tmp_path / "pair")
+    assert f"pair.bin: document 1: token id 60000 at position 2; {rule}" in message
 
 
 def test_prepare_null_token_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for rows, told in (([[1], None], "#1: 'input_ids' is null"), ([[1], [2, None]], "#1: 'input_ids' has a null")):
+    for rows, message in (([[1], None], "#1: 'input_ids' is null"), ([[1], [2, None]], "#1: 'input_ids' has a null")):
         pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "in.parquet")
-        assert told in refusal(capsys, tmp_path, tmp_path / "in.parquet")
+        assert message in refusal(capsys, tmp_path, tmp_path / "in.parquet")
 
 
 def test_prepare_damaged_megatron_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,14 +211,14 @@ def test_prepare_damaged_megatron_pair_is_refused(tmp_path: Path, capsys: pytest
     assert "pair.idx: damaged at document 1: its sequences do not ascend" in refused(turned)
     index.write_bytes(whole)
     tokens.write_bytes(tokens.read_bytes()[:-1])
-    told = refusal(capsys, tmp_path, prefix)
-    assert "pair.bin: truncated, 19 bytes, but by its index sequence 2 lies in bytes 12 to 20" in told
+    message = refusal(capsys, tmp_path, prefix)
+    assert "pair.bin: truncated, 19 bytes, but by its index sequence 2 lies in bytes 12 to 20" in message
     tokens.unlink()
     assert "pair.idx: no .bin of that name in its folder" in refusal(capsys, tmp_path, index)
     index.rename(tmp_path / "other.idx")
     tokens.write_bytes(b"1234")
-    told = refusal(capsys, tmp_path, tokens, "--format", "indexed")
-    assert "a Megatron dataset is a pair, name.bin and name.idx; the .idx is not there" in told
+    message = refusal(capsys, tmp_path, tokens, "--format", "indexed")
+    assert "a Megatron dataset is a pair, name.bin and name.idx; the .idx is not there" in message
 
 
 def test_prepare_directory_with_foreign_idx_skips_it(tmp_path: Path) -> None:
@@ -244,6 +246,6 @@ def test_prepare_remote_token_inputs_match_local(tmp_path: Path) -> None:
     remote = [prepared(tmp_path, f"memory:/{root}/{name}") for name in names]
     paths = (fixtures / "tokens", tmp_path / "pair", tmp_path / "pair.idx", tmp_path / "own")
     here = [prepared(tmp_path, path) for path in paths]
-    assert [[ids for _, _, ids in found] for found in remote] == [[ids for _, _, ids in found] for found in here]
+    assert [[ids for _, _, ids in entry] for entry in remote] == [[ids for _, _, ids in entry] for entry in here]
     assert files_of(tmp_path / "out0")["shard_00000.bin"] == files_of(tmp_path / "out4")["shard_00000.bin"]
     memory.rm(root, recursive=True)
