@@ -1,4 +1,7 @@
-"""Write docs/config.md, the lists of all configuration keys, from what they are declared with."""
+"""Write docs/config.md, the lists of all configuration keys, from what they are declared with.
+
+python tools/config_reference.py docs/config.md
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from megatron_ettin.config.schema import all_keys, groups, key_types
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_ettin.config.schema import all_keys, groups, key_types  # noqa: E402
 
 HEAD = """# Configuration keys
 
@@ -21,7 +27,7 @@ means not set; counts may be written as `250B` or `1.7T`.
 names them. All others may change at every launch.
 
 This page is generated from `megatron_ettin/config/schema.py` and `operations.py`; rewrite it with
-`python -m megatron_ettin.config.reference docs/config.md`.
+`python tools/config_reference.py docs/config.md`.
 """
 
 
