@@ -137,18 +137,12 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--size": tuple(SIZES),
     "--objective": tuple(OBJECTIVES),
     "--phase": (*PHASES, "all"),
-    "--recipe": ("paired", "original"),
-    "--executor": ("local", "slurm", "ray"),
-    "--format": ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed"),
-    "--chunking": ("recipe", "plain"),
-    "--end-token": ("every", "last", "none"),
-    "--harness": ("lm", "mteb"),
     "--gpu": ("h100-sxm", "h100-pcie", "h200", "b200", "a100", "l40s", "cpu"),
 }
 # options that take a key -> the text after the key
 KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}
 # metavars of texts that are paths
-FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")
+FILE_NAMES = ("DATASET", "INPUT", "PATH", "DIR|NAME", "JOB|RUN", "[NAME=]DATASET")
 
 
 def print_offers(typed: Sequence[str]) -> int:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.config.tables import EXPORTED
+
 if TYPE_CHECKING:
     from megatron_ettin.convert.verify import Logits
 
@@ -52,13 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verify = "read back every tensor and compare logits with transformers (the default)"
             add("--verify", action=argparse.BooleanOptionalAction, default=True, help=verify)
             add("--dtype", default="float32", help="type of the weights (%(default)s)")
-            add("--objective", metavar="mlm|clm", help="export an encoder as a decoder, or the reverse")
+            objective = "export an encoder as a decoder, or the reverse"
             add("--max-shard-bytes")
         elif way == "from-hf":
-            add("--objective", metavar="mlm|clm", help="make a decoder of an encoder's folder, or the reverse")
+            objective = "make a decoder of an encoder's folder, or the reverse"
         else:
             add("--config", help="the run's YAML, or a config.json (default: the one in the file)")
-            add("--objective", metavar="mlm|clm", help="import it as (default: what it was)")
+            objective = "import it as (default: what it was)"
+        add("--objective", choices=EXPORTED, metavar="mlm|clm", help=objective)
         add("--json")
 
 

@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
     add("--data", action="append", metavar="[NAME=]DATASET", help="may be given several times")
-    add("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
+    reads = "mlm, clm or mntp: how to read rows (as it was trained)"
+    add("--objective", choices=ROW_OBJECTIVES, metavar="KIND", help=reads)
     add("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
     add("--rows", type=int, help="only so many rows, shared out over the sources")
     add("--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts")
-    add("--harness", metavar="lm|mteb", help="lm-evaluation-harness or mteb on the exported folder")
+    harness = "lm-evaluation-harness or mteb on the exported folder"
+    add("--harness", choices=("lm", "mteb"), metavar="lm|mteb", help=harness)
     reading = "with --harness: evaluate a model as what it was not trained as"
     add("--as", dest="reading", choices=("encoder", "decoder"), help=reading)
     add("--tasks", metavar="NAME,NAME", help="with --harness: its tasks")

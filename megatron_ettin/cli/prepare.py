@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.base.errors import EXIT_INTERRUPTED, UserError, nearest
+from megatron_ettin.base.errors import EXIT_INTERRUPTED, UserError
 from megatron_ettin.base.text import counted, format_count
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_ettin.prepare.request import PrepareRequest
     from megatron_ettin.prepare.run import PrepareResult
 
-CHUNKINGS = ("recipe", "plain")
+FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="file, directory or URL; see above")
     add("--out", required=True, metavar="DATASET", help="the dataset directory to make")
-    add("--tokenizer", default="ettin", metavar="T", help="ettin (default), a directory or a hub name")
+    add("--tokenizer", default="ettin", metavar="DIR|NAME", help="ettin (default), a directory or a hub name")
     add("--chunk-tokens", type=int, default=1024, metavar="N", help="longest chunk (default 1024)")
     add("--workers", type=int, metavar="N", help="processes (default: our CPUs)")
     formats = "auto (default), text, jsonl, parquet, datasets, mds or indexed"
-    add("--format", default="auto", metavar="F", help=formats)
+    add("--format", choices=FORMATS, default="auto", metavar="F", help=formats)
     add("--text-key", metavar="K", help="key or column of the text (default text)")
     add("--tokens-key", metavar="K", help="column of token ids (default input_ids)")
     add("--id-key", default="id", metavar="K", help="key or column of the document's id (default id)")
     add("--holdout", type=float, default=0.0, metavar="F", help="fraction of documents for OUT/heldout")
-    add("--chunking", default="recipe", metavar="C", help="recipe (default) or plain: keep remainders")
+    chunking = "recipe (default) or plain: keep remainders"
+    add("--chunking", choices=("recipe", "plain"), default="recipe", metavar="C", help=chunking)
     ends = "chunks that end in [SEP]: every (default), last of a document, none"
-    add("--end-token", default="every", metavar="E", help=ends)
+    add("--end-token", choices=("every", "last", "none"), default="every", metavar="E", help=ends)
     add("--min-chunk-tokens", type=int, metavar="N", help="fill up last pieces shorter")
     add("--skip-tokens", type=int, metavar="N", help="drop last pieces shorter")
     add("--seq-len", metavar="N[,N]", help="build the packing indices of these lengths at once")
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     copied = "a finished DATASET: inputs of the same names and sizes are the same, whatever their times"
     add("--accept-copied", action="store_true", help=copied)
     scale = parser.add_argument_group("at scale").add_argument
-    scale("--executor", default="local", metavar="E", help="local (default), slurm or ray")
+    executors = ("local", "slurm", "ray")
+    scale("--executor", choices=executors, default="local", metavar="E", help="local (default), slurm or ray")
     scale("--wait", action="store_true", help="slurm: wait until the dataset is complete")
     scale("--slurm-partition", metavar="P", help="partition of the jobs (default: the cluster's)")
     scale("--slurm-time", default="24:00:00", metavar="T", help="time limit of each job (default 24:00:00)")
@@ -133,9 +135,6 @@ def build_rule(args: argparse.Namespace) -> ChunkRule:
     """Build the rule by which documents are cut into chunks. Raises UserError."""
     from megatron_ettin.prepare.chunking import chunk_rule
 
-    if args.chunking not in CHUNKINGS:
-        hint = nearest(args.chunking, CHUNKINGS)
-        raise UserError(f"--chunking: {args.chunking!r}{hint}; allowed: {', '.join(CHUNKINGS)}")
     least, skip = args.min_chunk_tokens, args.skip_tokens
     if args.chunking == "plain":
         if least or skip:

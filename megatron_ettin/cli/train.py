@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size")
     add("--objective", help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
     add("--phase", help="pretrain extend decay cross, or all: the first three, in RUN_DIR/PHASE")
-    add("--recipe", metavar="paired|original", help="original: the choices of the original trainer (docs/recipe.md)")
+    recipes = "original: the choices of the original trainer (docs/recipe.md)"
+    add("--recipe", choices=("paired", "original"), metavar="paired|original", help=recipes)
     user_config = "groups of keys, or a YAML of the original trainer, which brings the three names"
     add("--config", metavar="SITE.yaml", help=user_config)
     add("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")

@@ -76,8 +76,6 @@ def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path
     Raises:
         UserError: the harness, its tasks or the model cannot be used.
     """
-    if harness not in HARNESSES:
-        raise UserError(f"--harness: {harness!r}{nearest(harness, HARNESSES)}; it is one of {', '.join(HARNESSES)}")
     module, objective = HARNESSES[harness]
     if not tasks:
         raise UserError(f"--harness {harness}: name its tasks with --tasks NAME,NAME")

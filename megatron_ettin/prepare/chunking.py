@@ -19,15 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.hashing import key64
 
 SMALLEST_CHUNK_TOKENS = 16
 # chunk_tokens -> (min_chunk_tokens, skip_tokens): the folder name "1024-512-128", the script's "8192-512-32", and the
 # 8,000 of the context extension, whose loader then cuts to 7,999
 RECIPE_LIMITS = {1_024: (512, 128), 7_999: (512, 32), 8_000: (512, 32), 8_192: (512, 32)}
-# which chunks of a document end in [SEP]
-END_TOKENS = ("every", "last", "none")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class ChunkRule:
     skip_tokens: int
     """A shorter last piece is dropped, in document tokens."""
     end_token: str = "every"
-    """One of END_TOKENS."""
+    """Chunks of a document that end in [SEP]: `every`, `last` or `none`."""
 
 
 def chunk_rule(
@@ -64,9 +62,6 @@ def chunk_rule(
         raise UserError(f"--min-chunk-tokens: {least}; allowed: 0 to {chunk_tokens - 2} (without specials)")
     if not 0 <= skip <= least:
         raise UserError(f"--skip-tokens: {skip}; allowed: 0 to {least} (min_chunk_tokens)")
-    if end_token not in END_TOKENS:
-        hint = nearest(end_token, END_TOKENS)
-        raise UserError(f"--end-token: {end_token!r}{hint}; allowed: {', '.join(END_TOKENS)}")
     return ChunkRule(chunk_tokens, least, skip, end_token)
 
 

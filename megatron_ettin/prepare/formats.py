@@ -17,7 +17,6 @@ from megatron_ettin.base.text import counted
 from megatron_ettin.prepare.filesystem import Entry, parent_of
 from megatron_ettin.prepare.input_file import InputFile
 
-FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 FORMAT_OF_SUFFIX = {
     ".txt": "text",

@@ -34,7 +34,7 @@ class InputFile:
     source: str
     """INPUT that it belongs to."""
     format: str
-    """One of FORMATS but `auto`."""
+    """Value of `--format`, but not `auto`."""
     compression: str | None
     bytes: int
     modified: str = ""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.prepare.filesystem import Entry, base_name, canonical, find, local_path, parent_of, walk
 from megatron_ettin.prepare.formats import (
     ABOUT_DATA,
@@ -23,7 +23,6 @@ from megatron_ettin.prepare.formats import (
     EMPTY,
     FOREIGN,
     FORMAT_OF_SUFFIX,
-    FORMATS,
     UNKNOWN,
     WHOLE_FOLDER,
     PassedOver,
@@ -71,11 +70,9 @@ def list_inputs(
 
     Args:
         inputs: paths and URLs, as given on the command line.
-        format_name: one of FORMATS.
+        format_name: value of `--format`.
         out: the dataset to be made, which is never an input.
     """
-    if format_name not in FORMATS:
-        raise UserError(f"--format: {format_name!r}{nearest(format_name, FORMATS)}; allowed: {', '.join(FORMATS)}")
     if "" in inputs:
         raise UserError("INPUT: an empty name; the current directory is `.`")
     files: list[InputFile] = []

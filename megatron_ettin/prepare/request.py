@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_json
 from megatron_ettin.base.parsing import load_json, with_digest
 from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE
@@ -18,7 +18,6 @@ from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule
 from megatron_ettin.prepare.input_file import InputFile
 
-EXECUTORS = ("local", "slurm", "ray")
 # raise it when the same input would give other tokens or chunks
 INGEST_VERSION = 1
 
@@ -42,7 +41,7 @@ class PrepareRequest:
     tokens_first: bool = False
     """Take the tokens where an input has both columns."""
     executor: str = "local"
-    """One of EXECUTORS."""
+    """`local`, `slurm` or `ray`."""
     replan: bool = False
     accept_copied: bool = False
     """Take inputs of another time for the same where names and sizes are."""
@@ -60,9 +59,6 @@ def check_request(request: PrepareRequest) -> PrepareRequest:
         raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
     if "://" in str(request.out) or ":/" in str(request.out):
         raise UserError(f"--out: {request.out} is a URL; datasets are made in a local directory")
-    if request.executor not in EXECUTORS:
-        hint = nearest(request.executor, EXECUTORS)
-        raise UserError(f"--executor: {request.executor!r}{hint}; allowed: {', '.join(EXECUTORS)}")
     if request.workers < 1:
         raise UserError(f"--workers: {request.workers}; at least 1")
     for seq_len in request.seq_lens:

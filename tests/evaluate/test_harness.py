@@ -53,7 +53,10 @@ class LocalSTS(AbsTaskSTS):
 @pytest.mark.parametrize(
     ("arguments", "output"),
     [
-        (["--harness", "lmm", "--tasks", "a"], "--harness: 'lmm' (did you mean 'lm'?); it is one of lm, mteb"),
+        (
+            ["--harness", "lmm", "--tasks", "a"],
+            "--harness: 'lmm' does not exist (did you mean 'lm'?); it is one of lm, mteb",
+        ),
         (["--harness", "lm"], "--harness lm: name its tasks with --tasks NAME,NAME"),
         (["--harness", "lm", "--tasks", "a", "--task-path", "nowhere"], "--task-path nowhere: no such file or folder"),
         (["--harness", "mteb", "--tasks", "a"], "mteb is not installed; pip install megatron_ettin[harness]"),

@@ -87,8 +87,3 @@ def test_framed_end_token_setting_decides_which_pieces_get_sep(end_token: str, e
     out = framed(np.arange(5, dtype=np.uint16), bounds, cls_id=90, sep_id=91, end_token=end_token)
     assert out.tolist() == expected
     assert sum(chunk_lengths(bounds, end_token)) == len(expected)
-
-
-def test_chunk_rule_unknown_end_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--end-token: 'evry'.*every, last, none"):
-        chunk_rule(1_024, end_token="evry")

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from megatron_ettin.cli.main import main
+from megatron_ettin.cli.prepare import FORMATS
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare import inputs
 from megatron_ettin.prepare.inputs import cut_tasks, list_inputs
@@ -312,12 +313,12 @@ def test_prepare_chunking_options_are_validated_and_recorded(
 ) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": words(300, 1)}) + "\n")
     source = tmp_path / "in.jsonl"
-    assert "--chunking: 'plan' (did you mean 'plain'?); allowed: recipe, plain" in refusal(
+    assert "--chunking: 'plan' does not exist (did you mean 'plain'?); it is one of recipe, plain" in refusal(
         capsys, tmp_path, source, "--chunking", "plan"
     )
     message = refusal(capsys, tmp_path, source, "--chunking", "plain", "--skip-tokens", "5")
     assert "--chunking plain keeps every piece" in message
-    assert "--end-token: 'first'; allowed: every, last, none" in refusal(
+    assert "--end-token: 'first' does not exist; it is one of every, last, none" in refusal(
         capsys, tmp_path, source, "--end-token", "first"
     )
     for end_token in ("every", "last", "none"):
@@ -333,5 +334,5 @@ def test_prepare_help_lists_every_format(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
     printed = capsys.readouterr().out
-    for format_name in inputs.FORMATS:
+    for format_name in FORMATS:
         assert format_name in printed

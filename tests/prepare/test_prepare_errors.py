@@ -50,7 +50,11 @@ CASES = {
     "text is no string": (write("a.jsonl", b'{"text": 5}\n'), [], "a.jsonl:1: 'text' is a int, not a string"),
     "no object": (write("a.jsonl", b"[1]\n"), [], "a.jsonl:1: a JSON list, not an object"),
     "other text key": (good, ["--text-key", "body"], "good.jsonl:1: no key 'body'; keys found: text"),
-    "format": (good, ["--format", "jsnl"], "--format: 'jsnl' (did you mean 'jsonl'?); allowed: auto, text, jsonl"),
+    "format": (
+        good,
+        ["--format", "jsnl"],
+        "--format: 'jsnl' does not exist (did you mean 'jsonl'?); it is one of auto, text",
+    ),
     "no documents": (empty_directory, [], "no input documents in"),
     "only blank lines": (write("a.jsonl", b"\n\n"), [], "no input documents left in"),
     "only empty texts": (write("a.jsonl", b'{"text": ""}\n'), [], "every text is empty"),

@@ -147,7 +147,7 @@ def test_eval_of_run_and_exported_folder_gives_same_loss(
     assert losses["run"] == losses["folder"]
     assert len({losses["run"], losses["clm"], losses["mntp"]}) == 3
     for arguments, message in (
-        (["--objective", "nsp"], "--objective: 'nsp'"),
+        (["--objective", "nsp"], "--objective: 'nsp' does not exist"),
         (["--seq-len", "9999"], "--seq-len 9999: a row"),
     ):
         assert main(["eval", str(encoder.directory), "--data", str(corpus / "heldout"), *arguments]) == 2

@@ -123,7 +123,7 @@ def test_from_composer_objective_option_overrides_record(tmp_path, objective):
 def test_from_composer_contradicting_objective_is_refused(tmp_path, capsys):
     file, path = tmp_path / "file.pt", tmp_path / "run.yaml"
     trainer_file(file, "mlm")
-    refused(capsys, tmp_path, file, "allowed: mlm, clm", "--objective", "both")
+    refused(capsys, tmp_path, file, "it is one of mlm, clm", "--objective", "both")
     run_yaml(path, "flex_gpt")
     refused(capsys, tmp_path, file, "has head.*, but", "--config", path)
     run_yaml(path, "flex_bert", causal_mask=True)
