@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     path = "file systems to test: where runs and data are (default: here)"
     add("--path", nargs="+", type=Path, metavar="DIR", help=path)
-    add("--gpus", type=int, metavar="N", help="report a problem unless torch sees so many GPUs here")
+    gpus = "report a problem unless torch sees so many GPUs here"
+    add("--gpus", type=int, at_least=0, metavar="N", help=gpus)
     add("--ranks", action="store_true", help="compare all ranks of this torchrun or srun")
     add("--quick", action="store_true", help="skip what takes seconds: speeds, products, imports")
     add("--json", help="print one object")
@@ -60,8 +61,6 @@ def run(args: argparse.Namespace) -> int:
     if args.ranks and env.world == 1:
         how = "`torchrun --nproc-per-node N --no-python ettin doctor --ranks`, or srun in a job"
         raise UserError(f"--ranks: needs several ranks, and this is one alone; start them with {how}")
-    if args.gpus is not None and args.gpus < 0:
-        raise UserError(f"--gpus {args.gpus}: must be at least 0")
     if not args.ranks and env.local_rank > 0:
         # the first rank of each host reports
         return 0

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reads = "mlm, clm or mntp: how to read rows (as it was trained)"
     add("--objective", choices=ROW_OBJECTIVES, metavar="KIND", help=reads)
     add("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
-    add("--rows", type=int, help="only so many rows, shared out over the sources")
+    add("--rows", type=int, at_least=1, help="only so many rows, shared out over the sources")
     add("--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts")
     harness = "lm-evaluation-harness or mteb on the exported folder"
     add("--harness", choices=("lm", "mteb"), metavar="lm|mteb", help=harness)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.data:
         raise UserError("--data: name a dataset, or --harness")
-    datasets = parse_datasets(args.data, args.rows)
+    datasets = parse_datasets(args.data)
     from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.data.blended_dataset import open_blended_dataset
     from megatron_ettin.data.mixture import MixtureEntry
@@ -121,10 +121,8 @@ def row_objective(given: str | None, checkpoint: Path) -> str:
     return given
 
 
-def parse_datasets(given: list[str], rows: int | None) -> dict[str, str]:
+def parse_datasets(given: list[str]) -> dict[str, str]:
     """Return the paths of `--data` by name, by the rules of `data.validation`. Raises UserError."""
-    if rows is not None and rows < 1:
-        raise UserError(f"--rows {rows}: must be at least 1")
     named: dict[str, str] = {}
     unnamed: list[str] = []
     for word in given:

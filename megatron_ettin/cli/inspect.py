@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="a dataset, checkpoint or run directory")
     add("--verify", action="store_true", help="check the sha256 of every file")
-    add("--sample", type=int, default=0, metavar="N", help="decode N chunks of a dataset")
+    add("--sample", type=int, at_least=0, default=0, metavar="N", help="decode N chunks of a dataset")
     add("--json", help="print everything as JSON")
 
 
@@ -43,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
     path = last_phase(Path(args.path))
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
-    if args.sample < 0:
-        raise UserError(f"--sample {args.sample}: must be at least 0")
     is_dataset = (path / "manifest.json").is_file()
     if not is_dataset and any((path / name).exists() for name in ("integrity.json", "config.yaml")):
         from megatron_ettin.report.inspection import describe, render

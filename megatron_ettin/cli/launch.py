@@ -53,11 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--launcher", choices=("srun", "torchrun"), default="srun", help="a task for each rank, or for each node")
     add("--sweep", help="an array with a run for each value")
     add("--suite", action="store_true", help="an array of the 6 sizes x 2 objectives")
-    add("--at-once", type=int, metavar="N", help="most runs of an array at the same time")
-    add("--restarts", type=int, default=3, help="most failures in a row without a new checkpoint (%(default)s)")
-    add("--requeues", type=int, default=200, help="most requeues of each job (%(default)s)")
+    add("--at-once", type=int, at_least=1, metavar="N", help="most runs of an array at the same time")
+    failures = "most failures in a row without a new checkpoint (%(default)s)"
+    add("--restarts", type=int, at_least=0, default=3, help=failures)
+    add("--requeues", type=int, at_least=0, default=200, help="most requeues of each job (%(default)s)")
     add("--margin-seconds", type=int, help="save so long before the time limit: 300, or a quarter of the limit")
-    add("--grace-seconds", type=int, default=30, help="for the other ranks to end, once one has (%(default)s)")
+    grace = "for the other ranks to end, once one has (%(default)s)"
+    add("--grace-seconds", type=int, at_least=1, default=30, help=grace)
     add("--allow-unseen-data", action="store_true", help="allow data that only the nodes see, or that is made later")
     add("--submit", action="store_true", help="submit with sbatch; without it the script is only written")
     add("--dry-run", action="store_true", help="print the script and write nothing")
@@ -140,11 +142,7 @@ def build_submission(args: argparse.Namespace) -> tuple[Submission, list[BatchJo
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise UserError for an option that is out of range or cannot be read."""
-    for name, least in (("restarts", 0), ("requeues", 0), ("grace_seconds", 1), ("at_once", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    """Raise UserError for a file that does not exist, or an option that needs another one."""
     if args.env_file is not None and not args.env_file.is_file():
         raise UserError(f"--env-file {args.env_file}: no such file")
     if args.after is not None and not args.submit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,9 +29,20 @@ SHARED: dict[str, dict[str, Any]] = {
 class OneLineParser(argparse.ArgumentParser):
     """Argument parser that raises UserError with one line for a mistake, without the usage."""
 
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """Add an option, with the settings that `SHARED` has for it unless `settings` overrides them."""
-        return super().add_argument(*names, **SHARED.get(names[0], {}) | settings)
+    def add_argument(
+        self, *names: Any, at_least: int | None = None, above: int | None = None, **settings: Any
+    ) -> argparse.Action:
+        """Add an option, with the settings that `SHARED` has for it unless `settings` overrides them.
+
+        Args:
+            names: its names, as for argparse.
+            at_least: smallest number allowed.
+            above: number above which a finite one is allowed.
+            settings: other settings of argparse.
+        """
+        action = super().add_argument(*names, **SHARED.get(names[0], {}) | settings)
+        vars(action).update(at_least=at_least, above=above)
+        return action
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
@@ -38,6 +50,21 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown != message:
             message = unknown_arguments(unknown.split(" "), options_of(self), takes_keys(self))
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Return a converted value. Raises UserError for a number outside of the bounds of its option."""
+        value = super()._get_value(action, arg_string)
+        at_least, above = (getattr(action, bound, None) for bound in ("at_least", "above"))
+        wrong = None
+        if at_least is not None and value < at_least:
+            wrong = f"at least {at_least}"
+        elif above is not None and not value > above:
+            wrong = f"above {above}"
+        elif above is not None and not math.isfinite(value):
+            wrong = "finite"
+        if wrong is not None:
+            raise UserError(f"{action.option_strings[0]} {arg_string}: must be {wrong}")
+        return value
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """Raise ArgumentError for a value that is not a choice, as argparse does, and suggest the nearest choice."""

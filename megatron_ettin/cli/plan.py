@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.plan.step_time import StepModel
 
-POSITIVE = (
-    *("gpus", "gpus_per_node", "chunk_tokens", "price", "top"),
-    *("mtbf_hours", "checkpoint_seconds", "restart_seconds"),
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
@@ -38,20 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", required=True)
     add("--objective", default="mlm")
     add("--phase", default="pretrain")
-    add("--gpus", type=int, metavar="N", help="number of GPUs")
+    add("--gpus", type=int, above=0, metavar="N", help="number of GPUs")
     add("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
-    add("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (default: the usual number)")
+    add("--gpus-per-node", type=int, above=0, metavar="N", help="GPUs of a node (default: the usual number)")
     add("--gpus-file", type=Path, metavar="YAML", help="further GPUs, in the format of plan/gpus.yaml")
-    add("--chunk-tokens", type=float, metavar="N", help="mean length of documents in rows")
+    add("--chunk-tokens", type=float, above=0, metavar="N", help="mean length of documents in rows")
     add("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
-    add("--price", type=float, metavar="X", help="price of a GPU hour")
-    add("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
+    add("--price", type=float, above=0, metavar="X", help="price of a GPU hour")
+    add("--top", type=int, above=0, default=10, metavar="N", help="layouts shown (%(default)s)")
     add("--scale", metavar="FIRST:LAST", help="or N,N,...: speed, efficiency and goodput on so many GPUs")
     add("--curve", type=Path, metavar="JSON", help="{GPUs: tokens/s of each} measured, for --scale")
     mtbf = "mean time between failures of one GPU, for --scale (%(default)s)"
-    add("--mtbf-hours", type=float, default=50_000.0, help=mtbf)
-    add("--checkpoint-seconds", type=float, default=30.0, help="for --scale (%(default)s)")
-    add("--restart-seconds", type=float, default=300.0, help="for --scale (%(default)s)")
+    add("--mtbf-hours", type=float, above=0, default=50_000.0, help=mtbf)
+    add("--checkpoint-seconds", type=float, above=0, default=30.0, help="for --scale (%(default)s)")
+    add("--restart-seconds", type=float, above=0, default=300.0, help="for --scale (%(default)s)")
     add("--picture", type=Path, metavar="PNG", help="draw the results of --scale")
     add("--config")
     add("--json")
@@ -68,10 +62,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.plan.search import efficiency, limit_to_relax, nearest_miss, search
     from megatron_ettin.plan.step_time import PUBLISHED, StepModel, usual_chunk_tokens
 
-    for key in POSITIVE:
-        value = getattr(args, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be {'finite' if value > 0 else 'above 0'}")
     gpu = find_gpu(args.gpu, args.gpus_file)
     config = parse(args.size, args.objective, args.phase, args.config, args.overrides)
     if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
     add("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
     add("--alone", action="store_true", help="leave out the runs that RUN continues")
-    add("--workers", type=int, metavar="N", help="checkpoints at a time (default: by cores and memory)")
+    workers = "checkpoints at a time (default: by cores and memory)"
+    add("--workers", type=int, at_least=1, metavar="N", help=workers)
     add("--max-shard-bytes")
     add("--recheck", action="store_true", help="compare checksums of what is released already")
     add("--replace", action="store_true", help="replace revisions that hold other weights")
@@ -92,8 +93,6 @@ def make_plan(args: argparse.Namespace) -> ReleasePlan:
     from megatron_ettin.report.plots import overview_of_chain
     from megatron_ettin.runs.directory import last_phase
 
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
     max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
     if max_shard_bytes < 1:
         raise UserError(f"--max-shard-bytes {args.max_shard_bytes}: must be at least 1")

@@ -39,14 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", nargs="?", metavar="JOB|RUN", help="a job's number or a folder; default: your jobs")
     add("--watch", action="store_true", help="refresh until Ctrl-C")
-    add("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (%(default)s)")
+    add("--every", type=float, above=0, default=10.0, metavar="SECONDS", help="with --watch (%(default)s)")
     add("--json", help="print one array of objects")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows, again and again with --watch."""
-    if args.every <= 0:
-        raise UserError(f"--every {args.every:g}: must be above 0")
     if args.watch and args.json:
         raise UserError("--json: cannot be combined with --watch; repeat the command instead")
     if not args.watch:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init-from", type=Path, metavar="RUN|CHECKPOINT|HF_DIR", help="weights to begin from")
     add("--init-optimizer", choices=("keep", "fresh"), help="default: keep between phases of one objective")
     from_step = "step of --init-from's run; without --init-from the run itself goes back to it"
-    add("--from-step", type=int, metavar="N", help=from_step)
+    add("--from-step", type=int, at_least=1, metavar="N", help=from_step)
     add("--sweep", help="each value in a run of its own, RUN_DIR/KEY=V")
     add("--sweep-member", type=int, metavar="N", help="only the sweep's run N, from 0 (job arrays)")
     add("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
@@ -81,8 +81,6 @@ def complete(args: argparse.Namespace, is_main_process: bool) -> None:
         raise UserError("--sweep-member: needs --sweep")
     if args.from_step is not None and args.phase == "all":
         raise UserError("--from-step: needs one phase, not --phase all")
-    if args.from_step is not None and args.from_step < 1:
-        raise UserError(f"--from-step {args.from_step}: must be at least 1")
 
 
 def log_remarks(phases: list[PlannedPhase], allowed: Sequence[str] = ()) -> None:

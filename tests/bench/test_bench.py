@@ -185,7 +185,7 @@ def test_synthetic_rows_are_full_and_reproducible() -> None:
         (["--size", "17m", "--sweep", "parallel.tpp=1"], "no such key (did you mean 'parallel.tp'?)"),
         (["--size", "5b"], "size '5b' does not exist; it is one of 17m"),
         (["--size", "17m", "optim.lrr=1"], "unknown key 'optim.lrr' (did you mean 'optim.lr'?)"),
-        (["--size", "17m", "--warm-up", "-1"], "--warm-up -1: must be 0 or more"),
+        (["--size", "17m", "--warm-up", "-1"], "--warm-up -1: must be at least 0"),
         (["--size", "17m", "--chunk-tokens", "nan"], "--chunk-tokens nan: must be above 0"),
         (["--size", "17m", "--chunk-tokens", "inf"], "--chunk-tokens inf: must be finite"),
         (["--size", "17m", "--layouts", "dp,tpp2"], "--layouts: 'tpp2': write tp, pp, vpp or cp with a degree"),

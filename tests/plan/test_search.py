@@ -174,7 +174,7 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
             "no valid layout; the nearest: tp 2 pp 4 cp 1: needs 8 GPUs, there are 4",
         ),
         ("--scale 8:64 --curve /nowhere", "--curve /nowhere: "),
-        ("--scale 8:64 --mtbf-hours 0", "--mtbf-hours 0.0: must be above 0"),
+        ("--scale 8:64 --mtbf-hours 0", "--mtbf-hours 0: must be above 0"),
         ("--size 17m --scale 8:8 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
         ("--gpus 8 --curve curve.json", "--curve: needs --scale"),
     ],
