@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +38,30 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def json_objects(
-    lines: Iterable[str | bytes], unreadable: list[int] | None = None, count_torn: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yield the objects of JSON lines, without blank lines and lines that hold no object.
+def read_json_lines(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines, and none where it cannot be opened.
 
     Args:
-        lines: lines with their line ends, by which a last line that a killed writer has torn is recognized.
-        unreadable: gets the numbers of lines that hold no object, from 1.
-        count_torn: whether a torn last line is one of them.
+        path: the file.
+        unreadable: gets the numbers, from 1, of lines that hold no object; blank lines are not among them.
     """
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = load_json(line)
-        except ValueError:
-            value = None
-            if not count_torn and line[-1:] not in (b"\n", "\n"):
-                continue
-        if isinstance(value, dict):
-            yield value
-        elif unreadable is not None:
-            unreadable.append(number)
-
-
-def read_json_lines(
-    path: Path, unreadable: list[int] | None = None, count_torn: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines, and none where it cannot be read. Arguments as in `json_objects`."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError:
         return
     with file:
-        yield from json_objects(file, unreadable, count_torn)
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = load_json(line)
+            # a killed writer leaves a torn line
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                yield value
+            elif unreadable is not None:
+                unreadable.append(number)
 
 
 def with_digest(content: dict[str, Any]) -> dict[str, Any]:

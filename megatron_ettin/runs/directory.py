@@ -123,7 +123,7 @@ class RunDirectory:
     @cached_property
     def _history(self) -> tuple[list[dict[str, Any]], list[int]]:
         torn: list[int] = []
-        launches = [one for one in read_json_lines(self.path / HISTORY, torn, count_torn=True) if one]
+        launches = [one for one in read_json_lines(self.path / HISTORY, torn) if one]
         return launches, torn
 
     @property

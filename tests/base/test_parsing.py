@@ -1,4 +1,4 @@
-"""YAML files that cannot be used are refused in one line that names the file and, where it is known, the line."""
+"""YAML files that cannot be used are refused in one line; lines of JSON that hold no object are left out and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import read_yaml
+from megatron_ettin.base.parsing import read_json_lines, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,11 @@ def test_read_yaml_unusable_file_is_refused_in_one_line(tmp_path: Path, content:
 def test_read_yaml_rows_are_text_and_no_numbers_to_base_sixty(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("rows: 24:32\ncount: 12\n")
     assert read_yaml(tmp_path / "a.yaml", "FILE") == {"rows": "24:32", "count": 12}
+
+
+def test_read_json_lines_counts_lines_without_object_and_a_torn_last_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n[2]\nx\n{"a": 2}\n{"a": ')
+    unreadable: list[int] = []
+    assert list(read_json_lines(tmp_path / "a.jsonl", unreadable)) == [{"a": 1}, {"a": 2}]
+    assert unreadable == [3, 4, 6]
+    assert list(read_json_lines(tmp_path / "none.jsonl", unreadable)) == []
