@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# flock fails with these where another process has the lock; on NFS with EACCES
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 TEMPORARY = ".tmp-"
 
 
@@ -88,23 +85,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Killed processes leave folders whose names begin with `.tmp-NAME-` and `.tmp-stale-NAME-`.
     """
-    building = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+    # tempfile.mkdtemp would make it private, but other users may read the finished folder
+    building = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    building.mkdir()
     try:
-        # mkdtemp makes a private folder, but other users may read the finished one
-        building.chmod(0o777 & ~current_umask())
         yield building
         fsync(building)
         stale = building.with_name(f"{TEMPORARY}stale-{building.name.removeprefix(TEMPORARY)}")
         publish_folder(building, path, aside=stale)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def current_umask() -> int:
-    """Return the umask of this process. The system has no call that reads it without setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class LockHeldError(Exception):
@@ -124,9 +114,10 @@ def try_lock(handle: int) -> str | None:
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # NFS answers EACCES
+    except (BlockingIOError, PermissionError):
+        raise LockHeldError from None
     except OSError as error:
-        if error.errno in _HELD:
-            raise LockHeldError from None
         return error.strerror or str(error)
     return None
 
