@@ -26,13 +26,7 @@ def printable(text: object, keep: str = "") -> str:
     shown = str(text)
     if shown.isprintable():
         return shown
-    return "".join(one if one.isprintable() or one in keep else _escape(one) for one in shown)
-
-
-def _escape(character: str) -> str:
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
-        f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
-    )
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in shown)
 
 
 def printable_json(content: Any) -> str:

@@ -109,6 +109,7 @@ def test_resume_and_compare_with_torn_lines_pass(
         ("a\r\nstep 9", r"a\r\nstep 9"),
         ("\x9b2J", r"\x9b2J"),
         ("\u202eevil", r"\u202eevil"),
+        ("\U000e0001evil", r"\U000e0001evil"),
         ("é 数", "é 数"),
         ("\udc80", r"\udc80"),
     ],
