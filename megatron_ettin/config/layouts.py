@@ -186,7 +186,7 @@ def zero_stage(parallel: ParallelConfig) -> int:
 
 def check_zero(config: Config) -> None:
     """Raise UserError where DeepSpeed's keys are set without it, or where it cannot do the run."""
-    parallel = config.parallel
+    parallel, precision, stage = config.parallel, PRECISIONS[config.precision.name], zero_stage(config.parallel)
     if parallel.engine != "deepspeed":
         for key, unset in (("zero_stage", None), ("zero_offload", "none")):
             if (value := getattr(parallel, key)) != unset:
@@ -195,43 +195,35 @@ def check_zero(config: Config) -> None:
                     " set the engine"
                 )
         return
-    for key, reason in _refusals(config):
-        raise UserError(f"{key}: {reason}")
-
-
-def _refusals(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (key, why DeepSpeed cannot do it and the nearest thing that it can)."""
-    parallel, precision, stage = config.parallel, PRECISIONS[config.precision.name], zero_stage(config.parallel)
     if parallel.pp > 1:
-        yield (
-            "parallel.engine",
-            f"deepspeed has no pipeline stages here (found pp {parallel.pp}); use parallel.pp=1 with tp, cp and"
-            " zero_stage, or parallel.engine=megatron",
+        raise UserError(
+            f"parallel.engine: deepspeed has no pipeline stages here (found pp {parallel.pp}); use parallel.pp=1 with"
+            " tp, cp and zero_stage, or parallel.engine=megatron"
         )
     if precision.fp8_recipe:
-        yield (
-            "precision.name",
-            f"{config.precision.name} needs parallel.engine=megatron; with deepspeed use bf16",
+        raise UserError(
+            f"precision.name: {config.precision.name} needs parallel.engine=megatron; with deepspeed use bf16"
         )
     if config.optim.name == "muon":
-        yield "optim.name", "muon updates whole matrices, but ZeRO shards them; use stable_adamw or adamw"
+        raise UserError("optim.name: muon updates whole matrices, but ZeRO shards them; use stable_adamw or adamw")
     if stage not in STAGES:
-        yield "parallel.zero_stage", f"{stage} is not one of DeepSpeed's: {', '.join(map(str, STAGES))}"
+        raise UserError(f"parallel.zero_stage: {stage} is not one of DeepSpeed's: {', '.join(map(str, STAGES))}")
     if precision.compute == "bf16" and stage == 1 and parallel.zero_offload == "none":
-        yield (
-            "parallel.zero_stage",
-            "1 in bf16 is what parallel.engine=megatron with distributed_optimizer=true does; use that, or zero_stage=2"
-            " or 3",
+        raise UserError(
+            "parallel.zero_stage: 1 in bf16 is what parallel.engine=megatron with distributed_optimizer=true does; use"
+            " that, or zero_stage=2 or 3"
         )
     if parallel.zero_offload == "all" and stage != 3:
-        yield (
-            "parallel.zero_offload",
-            f"all moves weights too, which needs zero_stage=3 (found {stage}); use zero_offload=optimizer",
+        raise UserError(
+            f"parallel.zero_offload: all moves weights too, which needs zero_stage=3 (found {stage}); use"
+            " zero_offload=optimizer"
         )
     if config.precision.gradients != "fp32":
-        yield "precision.gradients", f"{config.precision.gradients} needs parallel.engine=megatron; use fp32"
+        raise UserError(f"precision.gradients: {config.precision.gradients} needs parallel.engine=megatron; use fp32")
     if parallel.offload_layers:
-        yield "parallel.offload_layers", "needs parallel.engine=megatron; recompute=full saves memory with both engines"
+        raise UserError(
+            "parallel.offload_layers: needs parallel.engine=megatron; recompute=full saves memory with both engines"
+        )
 
 
 # attention kernels that take chunk boundaries as tensors; the work of the others depends on the boundaries' values
