@@ -23,16 +23,6 @@ INTEGRITY = "integrity.json"
 # format 1 has a digest of each file, none of blocks and none of its own
 FORMATS = (1, 2)
 
-__all__ = [
-    "FORMATS",
-    "INTEGRITY",
-    "check_nothing_else",
-    "read_entries",
-    "seal",
-    "verify",
-    "verify_blocks",
-]
-
 
 def _files(folder: Path) -> list[Path]:
     return sorted(
