@@ -59,7 +59,7 @@ def rename_keys(groups: dict[str, Any]) -> None:
         if old not in _noted:
             notes.append(f"{old} is called {new} now")
             _noted.add(old)
-    if notes and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if notes and int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == 0:
         log_warning(f"note: {', '.join(notes)}; the older name{'s are' if len(notes) > 1 else ' is'} still read")
 
 

@@ -231,6 +231,8 @@ def test_older_names_of_keys_are_read_with_one_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_names, "_noted", set())
+    # empty is as good as unset
+    monkeypatch.setenv("RANK", "")
     old, new = (
         ["parallel.pp=2", f"parallel.{vpp}=2", f"optim.{reference}=4e-3"]
         for vpp, reference in (("vp", "max_lr"), ("vpp", "weight_decay_reference_lr"))
