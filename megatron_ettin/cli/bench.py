@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure the combinations, or compare two files of results, and print the results."""
     from megatron_ettin.base.progress import items_report
     from megatron_ettin.bench import results
-    from megatron_ettin.config.key_names import current_name
+    from megatron_ettin.config.overrides import given, read_layers
     from megatron_ettin.parallel.env import read_distributed_env
     from megatron_ettin.parallel.process_groups import broadcast_before_groups, release_store
     from megatron_ettin.platform import detect
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
     if args.size is None and "size" not in combinations[0].values:
         raise UserError("--size: missing; give a size, or sweep it with --sweep size=...")
     env = read_distributed_env()
-    given = {current_name(key): value for key, _, value in (one.partition("=") for one in args.overrides)}
-    platform = detect(given.get("runtime.device", "auto"), env.local_rank)
+    device = given(read_layers(args.config, args.overrides, args.phase), "runtime", "device")
+    platform = detect(device or "auto", env.local_rank)
     rows, is_only = [], len(combinations) == 1
     # in a log each result's own line suffices
     draws = env.rank == 0 and errors_on_terminal()

@@ -205,6 +205,18 @@ def test_bench_invalid_arguments_are_refused(
     assert not (tmp_path / "b.jsonl").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("way", ["--config", "phase"])
+def test_bench_device_of_config_or_phase_override_is_used(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "user.yaml").write_text("runtime: {device: gpu}\n")
+    device = ["--config", str(tmp_path / "user.yaml")] if way == "--config" else ["pretrain.runtime.device=gpu"]
+    line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *device]
+    assert main([*line, *(one for one in SHAPE if not one.startswith("runtime.device"))]) == 2
+    assert "runtime.device=gpu: this host has no GPU" in capsys.readouterr().err
+
+
 def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_path: Path) -> None:
     """The other rank waits in the gradient all-reduce; both continue with the rest of the sweep."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE]
