@@ -269,24 +269,19 @@ def evaluate(
         Loss, accuracy and counts, in total and in `sources` by name.
 
     Raises:
-        UserError: for data that is missing, damaged or made with another tokenizer.
+        UserError: for an unknown objective, and data that is missing, damaged or made with another tokenizer.
     """
-    from megatron_ettin.config.tables import OBJECTIVES
     from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.evaluate import evaluation
-    from megatron_ettin.evaluate.inference import load_for_inference
-    from megatron_ettin.train import resume
+    from megatron_ettin.evaluate.inference import open_evaluation
 
     datasets = data if isinstance(data, Mapping) else {Path(data).name: data}
-    with as_checkpoint(Path(checkpoint)) as path:
-        row_objective = objective or OBJECTIVES[resume.checkpoint_config(path).run.objective].row_objectives[-1]
-        with load_for_inference(path, row_objective) as train_state:
-            paths = {name: str(folder) for name, folder in datasets.items()}
-            held_out = evaluation.build_eval_dataset(train_state, paths, row_objective, seq_len)
-            for batches in held_out.sources.values():
-                resume.check_tokenizer(path, batches.corpus)
-            resume.load(train_state, path, with_optimizer=False)
-            return evaluation.evaluate(train_state, held_out, rows)
+    paths = {name: str(folder) for name, folder in datasets.items()}
+    with (
+        as_checkpoint(Path(checkpoint)) as path,
+        open_evaluation(path, paths, objective, seq_len) as (train_state, held_out),
+    ):
+        return evaluation.evaluate(train_state, held_out, rows)
 
 
 def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.config.tables import ROW_OBJECTIVES
 from megatron_ettin.config.values import validation_sets
 
 
@@ -54,18 +54,13 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.data.blended_dataset import open_blended_dataset
     from megatron_ettin.data.mixture import MixtureEntry
-    from megatron_ettin.evaluate.evaluation import build_eval_dataset, evaluate, unigram_loss
-    from megatron_ettin.evaluate.inference import load_for_inference
-    from megatron_ettin.train.resume import check_tokenizer, load
+    from megatron_ettin.evaluate.evaluation import evaluate, unigram_loss
+    from megatron_ettin.evaluate.inference import open_evaluation
 
     with (
         as_checkpoint(args.checkpoint) as checkpoint,
-        load_for_inference(checkpoint, row_objective(args.objective, checkpoint)) as train_state,
+        open_evaluation(checkpoint, datasets, args.objective, args.seq_len) as (train_state, held_out),
     ):
-        held_out = build_eval_dataset(train_state, datasets, train_state.config.run.objective, args.seq_len)
-        for batches in held_out.sources.values():
-            check_tokenizer(checkpoint, batches.corpus)
-        load(train_state, checkpoint, with_optimizer=False)
         result = evaluate(train_state, held_out, args.rows)
         shown = args.checkpoint if checkpoint.name == "imported" else checkpoint
         answer = {**result.to_json(), "checkpoint": str(shown)}
@@ -106,19 +101,6 @@ def run_harness(args: argparse.Namespace) -> None:
         print(f"note: {note}")
     for task, measures in results.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
-
-
-def row_objective(given: str | None, checkpoint: Path) -> str:
-    """Return how rows are read: as given, or as the checkpoint was trained (a hybrid one: with masked tokens)."""
-    from megatron_ettin.checkpoint.directory import read_config
-
-    if given is None:
-        return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].row_objectives[-1]
-    if given not in ROW_OBJECTIVES:
-        raise UserError(
-            f"--objective: {given!r}{nearest(given, ROW_OBJECTIVES)}; it is one of {', '.join(ROW_OBJECTIVES)}"
-        )
-    return given
 
 
 def parse_datasets(given: list[str]) -> dict[str, str]:

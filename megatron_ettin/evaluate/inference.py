@@ -1,16 +1,22 @@
-"""Compute a checkpoint's logits for given tokens in one process. Exports to Hugging Face are compared with them."""
+"""Load a checkpoint in one process, in fp32 on the CPU, to evaluate it or to compute its logits for given tokens.
+
+Exports to Hugging Face are compared with the logits.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.operations import CheckpointConfig, ParallelConfig
 from megatron_ettin.config.schema import Config, PrecisionConfig
+from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
+from megatron_ettin.evaluate.evaluation import EvalDataset, build_eval_dataset
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group
@@ -42,6 +48,34 @@ def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterat
     finally:
         destroy_model_parallel()
         destroy_process_group()
+
+
+@contextlib.contextmanager
+def open_evaluation(
+    checkpoint: Path, datasets: Mapping[str, str], objective: str | None, seq_len: int | None
+) -> Iterator[tuple[TrainState, EvalDataset]]:
+    """Load a checkpoint's weights, open the rows to evaluate it on, and destroy its process groups afterwards.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        datasets: paths of the datasets by name.
+        objective: objective by which rows are read; None takes that of the checkpoint, the masked one of two.
+        seq_len: tokens of a row; None takes the length of training.
+
+    Raises:
+        UserError: the objective or row length is not possible, or a dataset or the checkpoint cannot be used.
+    """
+    if objective is None:
+        objective = OBJECTIVES[resume.checkpoint_config(checkpoint).run.objective].row_objectives[-1]
+    if objective not in ROW_OBJECTIVES:
+        hint = nearest(objective, ROW_OBJECTIVES)
+        raise UserError(f"--objective: {objective!r}{hint}; it is one of {', '.join(ROW_OBJECTIVES)}")
+    with load_for_inference(checkpoint, objective) as train_state:
+        held_out = build_eval_dataset(train_state, datasets, objective, seq_len)
+        for batches in held_out.sources.values():
+            resume.check_tokenizer(checkpoint, batches.corpus)
+        resume.load(train_state, checkpoint, with_optimizer=False)
+        yield train_state, held_out
 
 
 def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | None = None) -> list[torch.Tensor]:
