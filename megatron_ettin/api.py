@@ -289,7 +289,7 @@ def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
 
     Args:
         run: a run directory.
-        first: the first step, from 1.
+        first: the first step, counted from 1 as in metrics.jsonl.
         last: the last step, inclusive.
 
     Returns:
@@ -298,13 +298,15 @@ def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
         `start_token` and `end_token` (in the document, end exclusive), `row_start` (token of the row).
 
     Raises:
-        UserError: where the data is missing, or its order is not the run's recorded one.
+        UserError: for steps that are none, for missing data, and for an order that is not the run's recorded one.
     """
     from megatron_ettin.runs import order_export
 
+    if not 1 <= first <= last:
+        raise UserError(f"steps {first} to {last}: give a first step of at least 1 and a last one that is not below it")
     config, dataset = order_export.open_run(Path(run))
     order_export.check_same_order(Path(run), dataset)
-    return order_export.spans(config, dataset, range(first - 1, last))
+    return order_export.spans(config, dataset, range(first, last + 1))
 
 
 def compare(*runs: AnyPath) -> Comparison:

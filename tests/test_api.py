@@ -1,7 +1,8 @@
-"""`megatron_ettin.api`: names of former versions still work and warn."""
+"""`megatron_ettin.api`: names of former versions work and warn; steps and objectives mean what they do in commands."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,6 +10,11 @@ from typing import Any, cast
 import pytest
 
 from megatron_ettin import api
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.resolve import to_yaml
+from tests.convert.folders import make_folder
+from tests.train.runs import TINY
 
 
 @pytest.mark.parametrize(("old", "new"), [("Evaluated", "EvalResult"), ("Measured", "EvalMetrics")])
@@ -36,3 +42,25 @@ def test_api_configure_site_warns_and_is_the_user_config(tmp_path: Path) -> None
         old = api.configure("17m", "mlm", "pretrain", site=tmp_path / "site.yaml")
     assert old == api.configure("17m", "mlm", "pretrain", user_config=tmp_path / "site.yaml")
     assert old.optim.lr == 0.25
+
+
+def test_api_order_lists_the_chunks_of_the_command(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = api.configure("17m", "mlm", "pretrain", *TINY, f"data.mixture={corpus}")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for first, last in ((1, 2), (3, 3)):
+        assert main(["order", str(tmp_path), "--steps", f"{first}:{last + 1}", "--json"]) == 0
+        printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert list(api.order(tmp_path, first, last)) == printed
+        assert {chunk["step"] for chunk in printed} == {first, last}
+    for first, last in ((0, 2), (3, 2)):
+        with pytest.raises(UserError, match=rf"^steps {first} to {last}: "):
+            api.order(tmp_path, first, last)
+
+
+@pytest.mark.parametrize("objective", ["nsp", "hybrid"])
+def test_api_evaluate_by_an_objective_that_rows_do_not_have_is_refused(objective: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "hf", "mlm")
+    with pytest.raises(UserError, match=rf"^--objective: '{objective}'; it is one of mlm, clm, mntp$"):
+        api.evaluate(folder, tmp_path / "nowhere", objective=objective)
