@@ -24,7 +24,8 @@ command line, for one phase as `extend.group.key=value`, or in a YAML file for `
 means not set; counts may be written as `250B` or `1.7T`.
 
 *Science* keys decide what is learned: they must not change within a run directory, unless `--allow-change`
-names them. All others may change at every launch.
+names them. The rows that `data.mixture` gives are fixed as well, by the fingerprint of the data order; the
+paths of its datasets are not. All others may change at every launch.
 
 This page is generated from `megatron_ettin/config/schema.py` and `operations.py`; rewrite it with
 `python tools/config_reference.py docs/config.md`.

@@ -54,7 +54,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Raise UserError where the shape does not fit itself or the rows."""
+    """Raise UserError unless heads divide hidden_size, the head size is even, and rows fit max_position_embeddings."""
     model = config.model
     if model.hidden_size % model.num_attention_heads:
         raise UserError(
@@ -74,7 +74,7 @@ def check_model(config: Config) -> None:
 
 
 def check_deterministic(config: Config) -> None:
-    """Raise UserError where a deterministic run asks for something that is not."""
+    """Refuse nondeterministic kernels in a deterministic run."""
     if config.runtime.deterministic and config.parallel.tp_overlap:
         raise UserError(
             "runtime.deterministic: does not work with parallel.tp_overlap, which adds the parts of a sum in any order;"
@@ -128,7 +128,7 @@ def check_fp8_weights(config: Config) -> None:
 
 
 def check_weight_decay(config: Config) -> None:
-    """Refuse a coefficient that is meant as another system's: torch's AdamW multiplies its own by the learning rate."""
+    """Refuse a weight decay above 10 times the reference lr: it is probably torch's, which torch multiplies by lr."""
     decay, reference = config.optim.weight_decay, config.optim.weight_decay_reference_lr
     if decay > MOST_DECAY_TO_RATE * reference:
         raise UserError(

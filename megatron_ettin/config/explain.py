@@ -178,6 +178,8 @@ def unused_keys(config: Config) -> dict[str, str]:
         listed["model.decoder_window_keys"] = f"{name} has no causal rows"
     if config.data.validation is None:
         listed |= dict.fromkeys(("metrics.eval_every_steps", "metrics.eval_rows"), "data.validation is not set")
+    if config.data.tokenizer is not None:
+        listed["data.tokenizer"] = "the tokenizer is the one that the datasets were made with"
     if config.batch.warmup_tokens == 0:
         listed["batch.warmup_min_rows"] = "batch.warmup_tokens is 0"
     if config.optim.name != "muon":

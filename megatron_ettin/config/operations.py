@@ -81,7 +81,10 @@ class CheckpointConfig:
     every_steps: Optional[int] = key("Steps between resumable checkpoints.", None, unit="steps", at_least=1)
     keep: int = key("Newest resumable checkpoints that are kept.", 3, at_least=0, zero="keep all")
     keep_every_tokens: Optional[int] = key(
-        "Keep one resumable checkpoint for each multiple of these for good.", None, unit="tokens", at_least=1
+        "Keep one resumable checkpoint permanently for each multiple of this many tokens.",
+        None,
+        unit="tokens",
+        at_least=1,
     )
     asynchronous: bool = key("Write in the background, from a copy in host memory.", True)
     on_failure: str = key(
@@ -144,15 +147,18 @@ class ResilienceConfig:
         choices=("warn", "skip", "stop", "ignore"),
     )
     spike_sigmas: float = science_key(
-        "A spike's logarithm is so many robust standard deviations above the median.", 6.0, above=0, infinite=True
+        "A spike's log gradient norm lies more than this many robust standard deviations above the median.",
+        6.0,
+        above=0,
+        infinite=True,
     )
     spike_window: int = science_key(
-        "Latest steps that a spike is judged by. Nothing is one before half of them are done.",
+        "Latest steps that a spike is judged by. No step counts as a spike until half the window is filled.",
         128,
         unit="steps",
         at_least=4,
     )
-    spike_ratio: float = science_key("A spike is also so many times the median.", 5.0, at_least=1)
+    spike_ratio: float = science_key("A spike is also more than this many times the median.", 5.0, at_least=1)
     max_skips_in_row: int = key(
         "Stop the run after more than this many skipped updates in a row.",
         8,
@@ -181,7 +187,7 @@ class ProfileConfig:
     steps: Optional[list[int]] = key(
         "Steps to trace: `[5, 8]` traces steps 5 to 7. At most 50.", None, unit="steps", parse=step_span
     )
-    ranks: Optional[list[int]] = key("Ranks that trace. `all`, which is `null`: all of them.", [0], parse=rank_list)
+    ranks: Optional[list[int]] = key("Ranks that trace. `null` or `all`: every rank.", [0], parse=rank_list)
     memory: bool = key("Write a snapshot of the GPU's allocations too.", False)
 
     @property

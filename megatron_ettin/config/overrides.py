@@ -1,4 +1,4 @@
-"""Read what changes a run of the tables: a user config (`--config`), `key=value` overrides, and sweeps.
+"""Read what overrides the recipe's tables: a user config (`--config`), `key=value` overrides, and sweeps.
 
 A user config is a YAML mapping of groups. Its `phases:` holds groups for single phases, as the override
 `extend.data.mixture=...` is for one. A YAML of the original trainer is read too (config/original/). Each layer is
@@ -85,7 +85,7 @@ def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, 
     """Return size, objective and phase of a run: as given, or as an original trainer's file has them.
 
     Raises:
-        UserError: one is missing, or the file has another one than was given.
+        UserError: one is missing, or the given size or objective is not the file's. A given phase overrides the file's.
     """
     in_file = config.names if config is not None else {}
     for name, value in given.items():
@@ -136,7 +136,10 @@ def given_keys(user_config: Path | None, overrides: Sequence[str], phase: str) -
 
 
 def given_by_user(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
-    """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
+    """Return the `group.key` that the user sets.
+
+    Keys of an original trainer's YAML do not count: it replaces the tables.
+    """
     return keys_of(layer for layer in read_layers(user_config, overrides, phase) if not layer.is_whole_run)
 
 
@@ -179,18 +182,18 @@ def from_overrides(overrides: Sequence[str]) -> Groups:
     return layer
 
 
-def check_keys(layer: dict[str, Any]) -> None:
+def check_keys(groups: Groups) -> None:
     """Refuse unknown groups and keys, and convert values to the types of their keys, in place.
 
     Raises:
         UserError: a group or key is unknown, or a value cannot be converted.
     """
-    rename_keys(layer)
+    rename_keys(groups)
     types = key_types()
-    groups = {key.partition(".")[0] for key in types}
-    for group, keys in layer.items():
-        if group not in groups:
-            raise UserError(f"{unknown_group(str(group), keys, types)}; groups: {', '.join(sorted(groups))}")
+    allowed = {key.partition(".")[0] for key in types}
+    for group, keys in groups.items():
+        if group not in allowed:
+            raise UserError(f"{unknown_group(str(group), keys, types)}; groups: {', '.join(sorted(allowed))}")
         if keys is None:
             continue
         if not isinstance(keys, dict):

@@ -42,11 +42,13 @@ class ModelConfig:
     global_rope_theta: float = science_key("Rotary base of global layers.", above=0)
     local_rope_theta: float = science_key("Rotary base of local layers.", above=0)
     max_position_embeddings: int = science_key(
-        "Longest row that the model is made for. Follows `data.seq_len`.", unit="tokens", at_least=1
+        "Longest row that the model is made for. Equals `data.seq_len` if you set that and not this.",
+        unit="tokens",
+        at_least=1,
     )
     vocab_size: int = science_key("Number of rows of the embedding.", 50_368, unit="tokens", at_least=1)
     global_attention_every: int = science_key(
-        "Every so many layers one attends to the whole chunk: with 3, layers 0, 3, 6, ...", 3, unit="layers", at_least=1
+        "Every n-th layer uses global attention (3: layers 0, 3, 6).", 3, unit="layers", at_least=1
     )
     encoder_window: int = science_key(
         "Keys to each side of the query that a local layer of a bidirectional row attends to.",
@@ -100,11 +102,12 @@ class OptimConfig:
     lr: float = science_key("Peak learning rate.", above=0)
     weight_decay_reference_lr: float = science_key(
         "Learning rate that weight_decay is for: weights decay by lr / weight_decay_reference_lr * weight_decay a step."
-        " Follows `optim.lr`.",
+        " Rescaled with `optim.lr` unless you set it.",
         above=0,
     )
     weight_decay: float = science_key(
-        "Share of a weight that is lost a step at that rate. torch multiplies its coefficient by the rate.",
+        "Share of a weight that is lost in a step whose learning rate is weight_decay_reference_lr. torch multiplies"
+        " its coefficient by the learning rate.",
         at_least=0,
         below=1,
     )
@@ -133,10 +136,14 @@ class ScheduleConfig:
 
     name: str = science_key("Shape of the schedule.", choices=("wsd", "one_minus_sqrt", "constant"))
     warmup_tokens: int = science_key(
-        "Tokens over which the rate rises linearly. Follows the length of the run.", unit="tokens", at_least=0
+        "Tokens over which the rate rises linearly. Rescaled with the length of the run unless you set it.",
+        unit="tokens",
+        at_least=0,
     )
     decay_tokens: int = science_key(
-        "Last tokens, over which the rate falls. Follows the length of the run.", unit="tokens", at_least=0
+        "Last tokens, over which the rate falls. Rescaled with the length of the run unless you set it.",
+        unit="tokens",
+        at_least=0,
     )
     final_lr_fraction: float = science_key("Rate at the end, as a share of the peak.", at_least=0, at_most=1)
     end_tokens: Optional[int] = science_key(
@@ -172,7 +179,7 @@ class DataConfig:
         choices=("packed", "padded"),
     )
     mean_tokens_per_row: Optional[float] = science_key(
-        "Tokens that a row counts with before it is read. Not set: the mean of the datasets' packing indexes.",
+        "Nominal tokens of a row for planning steps and warm-ups. Not set: the mean of the datasets' packing indexes.",
         None,
         unit="tokens",
         above=0,
@@ -181,10 +188,10 @@ class DataConfig:
         "`keyed` (a keyed permutation), or the parquet file or folder of a recorded order to train in.",
         "keyed",
         path=True,
-        science="keyed or recorded; the path may change",
+        science="in the choice between keyed and recorded; the path may change",
     )
     skip: Optional[list[list[int]]] = science_key(
-        "Rows that are left out: `[[FIRST, END], ...]`, positions of the order from FIRST to END - 1.",
+        "Rows that are left out: `[[FIRST, END], ...]`, order indices from FIRST to END - 1.",
         None,
         parse=row_ranges,
     )
@@ -209,21 +216,34 @@ class DataConfig:
     local_copy: Optional[str] = key(
         "Folder on each machine's own disk that the mixture is copied to first.", None, path=True
     )
-    tokenizer: Optional[str] = key("Tokenizer. Not set: the one that the datasets were made with.", None, path=True)
+    tokenizer: Optional[str] = key(
+        "Without effect: the tokenizer is the one that the datasets were made with. Kept so that older files load.",
+        None,
+        path=True,
+    )
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """Rows of a step."""
 
-    global_batch_rows: int = science_key("Rows of a step over all ranks.", unit="rows", at_least=1)
+    global_batch_rows: int = science_key(
+        "Rows of a step over all ranks. For packed rows rescaled with `data.seq_len` unless you set it.",
+        unit="rows",
+        at_least=1,
+    )
     micro_batch_rows: int = key(
-        "Most rows of a micro-batch of one rank. Follows `batch.global_batch_rows`.",
+        "Most rows of a micro-batch of one rank. Unless you set it, it is rescaled with `data.seq_len` (packed rows)"
+        " and is at most `batch.global_batch_rows`.",
         unit="rows",
         at_least=1,
         science="with loss_normalization=microbatch",
     )
-    warmup_tokens: int = science_key("Tokens over which the batch grows to its full size.", unit="tokens", at_least=0)
+    warmup_tokens: int = science_key(
+        "Tokens over which the batch grows to its full size. Rescaled with the length of the run unless you set it.",
+        unit="tokens",
+        at_least=0,
+    )
     warmup_min_rows: int = science_key("Rows of the first step of a batch warm-up.", unit="rows", at_least=1)
     loss_normalization: str = science_key(
         "`global`: the mean over the step's predicted tokens. `microbatch`: the mean of the micro-batches' means, as"

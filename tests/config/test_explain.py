@@ -167,6 +167,7 @@ def reported(capsys: pytest.CaptureFixture[str], objective: str, phase: str, *ar
         ("mlm", "model.decoder_window_keys=32", "mlm has no causal rows"),
         ("mlm", "metrics.eval_every_steps=5", "data.validation is not set"),
         ("mlm", "optim.momentum=0.9", "optim.name is stable_adamw"),
+        ("mlm", "data.tokenizer=folder", "the tokenizer is the one that the datasets were made with"),
     ],
 )
 def test_key_that_the_run_ignores_is_reported(
