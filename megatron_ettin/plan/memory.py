@@ -4,8 +4,9 @@ Weights, gradients and optimizer are exact arithmetic over the layout. Activatio
 from the tensors that each one saves for backward.
 
 `fused` means that element-wise work is compiled, as on GPUs, and that attention is a kernel that takes boundaries.
-Else the operations run one by one and attention is that of model/attention.py. tests/plan/test_memory.py holds both
-against real runs.
+Otherwise operations run one by one and attention is that of model/attention.py. `fused` follows `runtime.compile`
+alone, so the attention of an uncompiled GPU run, or of a compiled CPU run, is counted as if it were the other kernel.
+tests/plan/test_memory.py compares the uncompiled count with real CPU ranks; the fused one has met no real run yet.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from megatron_ettin.config.operations import ParallelConfig
 from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, ROW_OBJECTIVES, layer_parameter_count
 
-# Of one byte each: Hopper reads rows in the forward pass and columns in the backward pass.
+# FP8 copies of each weight (1 byte each): row-wise for forward, column-wise for backward
 FP8_COPIES = 2
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one pipeline rank. NCCL's own buffers are in none of them."""
+    """Bytes of one pipeline rank. NCCL's buffers are not counted."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
-    """Bytes of the loss at its fullest."""
+    """Peak bytes of the loss."""
     communication_bytes: int
-    """Bytes that tensor and context parallelism gather into."""
+    """Bytes of the all-gather buffers of tensor and context parallelism."""
 
     @property
     def total_bytes(self) -> int:
@@ -57,20 +58,19 @@ def rank_memory(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> M
     config = with_split_rows(config, dp)
     model, parallel = config.model, config.parallel
     parameters, embedding = rank_parameters(config, pp_rank)
-    wide = PRECISIONS[config.precision.name].compute == "fp32"
+    is_fp32 = PRECISIONS[config.precision.name].compute == "fp32"
     shards = dp * parallel.cp if parallel.distributed_optimizer else 1
     stage, offloaded = zero_stage(parallel), parallel.zero_offload
-    # ZeRO below stage 3 has fp32 masters of fp32 weights
     if stage:
         shards = dp * parallel.cp
     # muon has one moment (all but the embedding), the others two
     moments = 4 if config.optim.name == "muon" else 8
     embedding_moments = (8 - moments) * embedding
-    # fp32 masters, in addition to the weights
-    masters = 0 if wide and (not stage or (stage == 3 and offloaded == "none")) else 4
+    # fp32 masters, in addition to the weights; ZeRO below stage 3, or with offload, has them of fp32 weights too
+    masters = 0 if is_fp32 and (not stage or (stage == 3 and offloaded == "none")) else 4
     state = (parameters * (moments + masters) + embedding_moments) // shards
-    weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
-    # else they replace those of 16 bits
+    weights = parameters * (4 if is_fp32 else 2) // (shards if stage == 3 else 1)
+    # with fp8_weights the FP8 copies replace the 16-bit weights
     if not config.precision.fp8_weights:
         weights += fp8_parameters(config, pp_rank) * FP8_COPIES
     saved, loss = micro_batch_bytes(config, dp, pp_rank, on_gpu)
@@ -102,12 +102,12 @@ def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
     first, last = pp_rank == 0, pp_rank == parallel.pp - 1
     # layer 0 has one norm
     norms = (2 * layers - (1 if first else 0)) * model.hidden_size
-    cut = layers * layer_parameter_count(model) // parallel.tp
+    sharded = layers * layer_parameter_count(model) // parallel.tp
     vocabulary = -(-model.vocab_size // parallel.tp)
     embedding = vocabulary * model.hidden_size if first or last else 0
     # with the final norm
     head = model.hidden_size**2 + 2 * model.hidden_size + vocabulary if last else 0
-    return cut + norms + embedding + (model.hidden_size if first else 0) + head, embedding
+    return sharded + norms + embedding + (model.hidden_size if first else 0) + head, embedding
 
 
 def fp8_parameters(config: Config, pp_rank: int) -> int:
@@ -127,20 +127,20 @@ def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tu
         config.runtime.compile == "always" or (on_gpu and config.runtime.compile == "auto"),
     )
     each = [layers_bytes(config, stage, fused) for stage in rank_stages(config, pp_rank)]
-    again = max(one for _, one in each)
+    recomputed = max(one for _, one in each)
     inputs = input_bytes(config, fused)
     saved = sum(kept for kept, _ in each) + inputs
     if pp_rank == 0:
         saved += embedding_bytes(config)
-    # passes forward before the first backward, in micro-batches of the rank's whole model
+    # forward passes in flight before the first backward, in whole-model micro-batches
     ahead = parallel.pp - pp_rank - 1
     passes = ahead + 1 if parallel.vpp == 1 else (2 * ahead + (parallel.vpp - 1) * parallel.pp + 1) / parallel.vpp
     # the last micro-batch's inputs are held until the next comes
     saved = saved * min(passes, micro_batches(config, dp)) + inputs
     if pp_rank < parallel.pp - 1:
-        return saved + again, 0.0
+        return saved + recomputed, 0.0
     head, loss, left = head_bytes(config, fused)
-    return saved + head, max(loss, left + again)
+    return saved + head, max(loss, left + recomputed)
 
 
 # constants of model/loss.py and model/attention.py, which a plan does not import: they need torch and core
@@ -158,19 +158,19 @@ def micro_batch_tokens(config: Config) -> int:
     return config.batch.micro_batch_rows * config.data.seq_len // config.parallel.cp
 
 
-def slices(parallel: ParallelConfig) -> int:
-    """Return the tensor-parallel ranks that share the tokens outside of matrix products."""
+def sequence_parallel_degree(parallel: ParallelConfig) -> int:
+    """Return the sequence-parallel degree: tp, or 1 without sequence parallelism."""
     return parallel.tp if parallel.sequence_parallel else 1
 
 
 def layers_bytes(config: Config, layers: range, fused: bool) -> tuple[float, float]:
     """Return the bytes saved by layers, and the most that backward recomputes for one of them."""
-    whole = [layer_bytes(config, number, fused) for number in layers]
-    again = (config.parallel.recompute_layers or len(layers)) if config.parallel.recompute == "full" else 0
-    again = min(again, len(layers))
-    tokens = micro_batch_tokens(config) / slices(config.parallel)
+    by_layer = [layer_bytes(config, number, fused) for number in layers]
+    recomputed = (config.parallel.recompute_layers or len(layers)) if config.parallel.recompute == "full" else 0
+    recomputed = min(recomputed, len(layers))
+    tokens = micro_batch_tokens(config) / sequence_parallel_degree(config.parallel)
     residual = config.model.hidden_size * element_bytes(config.precision) * tokens
-    return again * residual + sum(whole[again:]), max(whole[:again], default=0.0)
+    return recomputed * residual + sum(by_layer[recomputed:]), max(by_layer[:recomputed], default=0.0)
 
 
 def layer_bytes(config: Config, number: int, fused: bool) -> float:
@@ -188,7 +188,8 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
     recomputed = parallel.recompute_modules if parallel.recompute == "selective" else []
     inner = 0 if "mlp" in recomputed else (3 if fused else 4) * model.ffn_hidden_size * element
     attention = 4 * model.hidden_size * element if "core_attn" in recomputed else attention_bytes(config, number, fused)
-    return micro_batch_tokens(config) * (outside / slices(config.parallel) + (inner + attention) / parallel.tp)
+    split_outside = outside / sequence_parallel_degree(parallel)
+    return micro_batch_tokens(config) * (split_outside + (inner + attention) / parallel.tp)
 
 
 def attention_bytes(config: Config, number: int, fused: bool) -> float:
@@ -204,20 +205,20 @@ def attention_bytes(config: Config, number: int, fused: bool) -> float:
 
     def objective_bytes(causal: bool) -> float:
         window = None if number % model.global_attention_every == 0 else config.windows[causal]
-        # q, k, v, out under a mask of whole rows
+        # q, k, v, out, and a dense [seq_len, seq_len] mask for each row
         if seq_len <= DENSE_ROW_TOKENS:
             return 6 * hidden + normalisers + element * seq_len
         # chunk by chunk, and the chunks' outputs concatenated
         if window is None or seq_len <= window:
             return 7 * hidden + normalisers
-        reach = reach_tokens(config, causal)
-        return (2 + 2 * reach // BAND) * hidden + normalisers + reach * element * config.parallel.tp
+        keys = window_keys(config, causal)
+        return (2 + 2 * keys // BAND) * hidden + normalisers + keys * element * config.parallel.tp
 
     return fmean(objective_bytes(ROW_OBJECTIVES[name].causal) for name in row_objectives(config))
 
 
-def reach_tokens(config: Config, causal: bool) -> int:
-    """Return the keys, in whole bands, that a local layer's band of queries is compared with."""
+def window_keys(config: Config, causal: bool) -> int:
+    """Return how many keys one 64-query band of a local layer attends to, in whole bands."""
     window = config.windows[causal]
     before = math.ceil((window - 1 if causal else window) / BAND)
     return BAND * (before + 1 + (0 if causal else before))
@@ -236,26 +237,27 @@ def input_bytes(config: Config, fused: bool) -> float:
     model, element = config.model, element_bytes(config.precision)
     thetas = len({model.global_rope_theta, model.local_rope_theta})
     tables = 2 * thetas * (model.hidden_size // model.num_attention_heads) * element
-    masks = 0 if fused else sum(reach_tokens(config, ROW_OBJECTIVES[name].causal) for name in row_objectives(config))
+    masks = 0 if fused else sum(window_keys(config, ROW_OBJECTIVES[name].causal) for name in row_objectives(config))
     return micro_batch_tokens(config) * (40 + tables + masks)
 
 
 def embedding_bytes(config: Config) -> float:
     """Return the bytes saved by the embedding norm: its input and statistics."""
-    tokens = micro_batch_tokens(config) / slices(config.parallel)
+    tokens = micro_batch_tokens(config) / sequence_parallel_degree(config.parallel)
     return tokens * (config.model.hidden_size + 2) * element_bytes(config.precision)
 
 
 def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
-    """Return the bytes saved by the final norm and the head, the loss's peak, and what the loss leaves for backward.
+    """Return the bytes saved by norm and head, the loss's peak, and what the loss leaves for backward.
 
-    The peak is a chunk of logits, and the vocabulary's gradient in fp32, which is summed over chunks.
+    The saved bytes include the gathered hidden states. The peak is a chunk of logits, the gradient of the labelled
+    hidden states, and the vocabulary's gradient in fp32, which is summed over chunks.
     """
     model, element, tokens = config.model, element_bytes(config.precision), micro_batch_tokens(config)
     share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[name].masks else 1.0 for name in row_objectives(config))
     labelled = round(tokens * share)
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
-    norm = tokens * (model.hidden_size + 2) * element / slices(config.parallel)
+    norm = tokens * (model.hidden_size + 2) * element / sequence_parallel_degree(config.parallel)
     # positions, labels; inputs of dense, GELU and norm, the norm's output; losses
     saved = norm + labelled * (16 + 4 * model.hidden_size * element + 4 + 1)
     gathered = tokens * model.hidden_size * element

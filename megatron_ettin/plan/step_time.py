@@ -32,7 +32,7 @@ from megatron_ettin.plan.memory import (
     micro_batch_tokens,
     rank_parameters,
     rank_stages,
-    slices,
+    sequence_parallel_degree,
 )
 
 # bytes that a weight's update moves: gradient and fp32 master, two moments, cleared gradient, 16-bit weight
@@ -162,7 +162,8 @@ class StepModel:
         a_token = (operations - linear + linear / speedup) * again / parallel.tp
         # fp32 runs at half of the rate and moves twice the bytes
         wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
-        moved = wide * (40 * model.hidden_size / slices(config.parallel) + 20 * model.ffn_hidden_size / parallel.tp)
+        shards = sequence_parallel_degree(parallel)
+        moved = wide * (40 * model.hidden_size / shards + 20 * model.ffn_hidden_size / parallel.tp)
         costs, begin, works = layer_operations(config), 0, []
         for layers in stage_layers(config):
             share = sum(costs[begin : begin + layers]) / sum(costs)
@@ -278,7 +279,7 @@ def hidden_bytes(config: Config) -> int:
 
 def hop_bytes(config: Config) -> float:
     """Return the bytes that a pipeline stage sends the next for a micro-batch."""
-    return hidden_bytes(config) / slices(config.parallel)
+    return hidden_bytes(config) / sequence_parallel_degree(config.parallel)
 
 
 def tensor_passes(config: Config, pp_rank: int) -> int:
