@@ -49,16 +49,16 @@ ORDERS = "data_order"
 CARD = "README.md"
 RESERVED = {"main", ORDERS, WORK, RECORD}
 ProgressReport = Callable[[int, int, RevisionResult | None], None]
-"""Called with the revisions done, all of them, and the result of the last one; None at the start."""
+"""Arguments: number done, number in all, latest result (None at the start)."""
 DrawCurve = Callable[[PhaseChain], bytes]
-"""Phases of the model -> a PNG. Raises UserError."""
+"""Draw the loss curve of a chain of phases; return PNG bytes. Raises UserError."""
 MOST_ORDER_ROWS = 20_000_000
 """A longer data order of a phase is written only with `--order all`."""
 
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """A request for a release. The callables belong to floors that this room does not see."""
+    """Request for a release. Higher layers pass the callables, because this package may not import them."""
 
     chain: PhaseChain
     out: Path

@@ -1,12 +1,11 @@
 """Decide whether runs are a pair: check a chain of phases against another.
 
 A pair shares shape, data order, schedule, optimizer, batch and seed by configuration. By the record of every step that
-both have, it shares rows, tokens, learning rate and whether the update was made. The configuration alone would be a
-promise; the record is the proof. What may differ (layout, micro-batch, precision, device) is shown and never judged.
+both have, it shares rows, tokens, learning rate and whether the update was made. The configuration alone proves
+nothing; the recorded steps do. What may differ (layout, micro-batch, precision, device) is shown and never judged.
 
-Of skipped updates the record is metrics.jsonl and the counts of the newest checkpoint. Lines of older versions have no
-`updated`: for a step that they call ignored nothing is known, because its update was left out under some settings and
-made under others.
+Skipped updates are read from metrics.jsonl and the newest checkpoint's counts. Older versions wrote no `updated`, so
+for steps marked `ignored` it is unknown whether the update was made: that depended on the settings.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.runs.chain import PhaseChain, join_phases
 from megatron_ettin.runs.directory import RunDirectory
 
-# science keys in which a pair differs
+# science keys that may differ between the encoder and decoder of a pair
 OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "data.clm_fraction", "model.decoder_window_keys"}
-# ranges of steps that a line names
+# most step ranges shown in one line
 MOST_RANGES = 12
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
 # checks by configuration -> prefixes of their science keys
@@ -52,7 +51,7 @@ class Check:
     """Short name, such as `data order`."""
     passed: bool
     detail: str
-    """Values that were compared, or that differ."""
+    """The equal values if passed, else the differing ones."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def check_runs(a: RunDirectory, b: RunDirectory) -> Iterator[tuple[str, tuple[bo
     """Yield every check of two runs of one phase: by configuration, then by the record."""
     keys_a, keys_b = a.science, b.science
     if not all(key in keys for keys in (keys_a, keys_b) for key in GUARD_KEYS):
-        # a run of an older version fixes none of them: the record of its updates is the proof
+        # older runs do not record GUARD_KEYS; `check_updates` compares the updates themselves
         keys_a, keys_b = ({key: keys[key] for key in keys if key not in GUARD_KEYS} for keys in (keys_a, keys_b))
     own = OBJECTIVE_KEYS if a.objective != b.objective else set()
     for name, prefixes in GROUPS.items():
@@ -168,7 +167,7 @@ def check_order(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
 
 
 def check_changes(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
-    """Check that no science key changed half-way: no configuration describes such a run, so it has no partner."""
+    """Check that no science key changed: a run whose keys changed midway has no single configuration to compare."""
     changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
     torn = [f"{run.path.name}: line {number} cannot be read" for run in (a, b) for number in run.torn_launches]
     return not changed, "; ".join(changed or ["neither run used --allow-change", *torn])
