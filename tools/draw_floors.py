@@ -30,11 +30,13 @@ WAY_OF_A_BATCH = (
     ("data/blended_dataset.py", "Row"),
     ("batching/objectives.py", "MaskingCollator"),
     ("batching/host.py", "HostBatch"),
+    ("batching/loader.py", "load_batches"),
     ("batching/batches.py", "MicroBatch"),
     ("train/step.py", "train_step"),
     ("model/model.py", "EttinModel"),
     ("train/totals.py", "StepTotals"),
     ("train/progress.py", "StepResult"),
+    ("train/hooks/metrics.py", "step_metrics"),
     ("metrics/record.py", "JsonlSink"),
 )
 
@@ -63,13 +65,13 @@ def draw_rooms() -> str:
 
 
 def draw_way() -> str:
-    """List the types on the way of a batch with the first sentence of each."""
+    """List the types and functions on the way of a batch with the first clause of each docstring."""
     rows = ["| step | in | what it is |", "|---|---|---|"]
     for path, name in WAY_OF_A_BATCH:
         tree = ast.parse((ROOT / PACKAGE / path).read_text(encoding="utf-8"))
         node = next(one for one in tree.body if getattr(one, "name", None) == name)
         summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-        sentence = re.split(r"[.;:] ", summary)[0].rstrip(".")
+        sentence = re.split(r"[.;:] |, and ", summary)[0].rstrip(".")
         rows.append(f"| `{name}` | `{path}` | {sentence} |")
     return "\n".join(rows)
 
