@@ -246,9 +246,9 @@ MISTAKES: dict[str, str] = {
     "swapped_query_and_key_in_exports": "tests/convert/test_round_trip.py::test_round_trip_keeps_bits_and_logits[mlm]",
     "skips_are_ignored": "tests/runs/test_rollback.py::test_data_skip_after_from_step_leaves_out_rows",
     "latest_before_the_checkpoint": "tests/checkpoint/test_directory.py"
-    "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
+    "::test_publish_fsyncs_checkpoint_before_updating_latest[next step]",
     "nothing_forced_to_the_disk": "tests/checkpoint/test_directory.py"
-    "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
+    "::test_publish_fsyncs_checkpoint_before_updating_latest[next step]",
 }
 FAULTS: dict[str, str] = {
     "edited_code_on_rank_1": "tests/faults/test_consistency.py"

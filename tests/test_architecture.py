@@ -49,7 +49,7 @@ def test_public_classes_have_names_of_their_own():
     assert public_classes_of_two_rooms(modules(PACKAGE)) == []
 
 
-def test_public_classes_of_two_rooms_names_those_of_one_name():
+def test_public_classes_of_two_rooms_lists_shared_names():
     checked = [
         Module("data/a.py", "class Shard: ...\nclass _Row: ..."),
         Module("data/b.py", "class Row: ..."),

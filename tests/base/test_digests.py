@@ -150,7 +150,7 @@ def test_share_over_ranks_covers_every_block_evenly(tmp_path, world):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_share_with_one_file_per_rank_is_its_own_file(tmp_path):
+def test_share_with_one_file_per_rank_gives_each_its_own(tmp_path):
     folder = sealed(tmp_path / "c", {f"__{rank}_0.distcp": 2 * BLOCK for rank in range(12)})
     for rank in range(12):
         share = _share(SimpleNamespace(rank=rank, topology=SimpleNamespace(world=12)), folder)

@@ -18,7 +18,7 @@ def test_log_writes_plain_lines_to_the_standard_streams(capsys: pytest.CaptureFi
     assert err == "warning: {x}\nValueError: why\n"
 
 
-def test_log_handler_of_a_user_takes_the_lines(
+def test_log_with_user_handler_sends_lines_to_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     actual: list[logging.LogRecord] = []
@@ -35,7 +35,7 @@ def test_log_handler_of_a_user_takes_the_lines(
     assert capsys.readouterr() == ("", "")
 
 
-def test_log_handler_that_raises_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_error_in_user_handler_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             raise OSError("the log's host is away")

@@ -28,7 +28,7 @@ def test_read_yaml_unusable_file_is_refused_in_one_line(tmp_path: Path, content:
     assert str(caught.value) == message
 
 
-def test_read_yaml_rows_are_text_and_no_numbers_to_base_sixty(tmp_path: Path) -> None:
+def test_read_yaml_numbers_with_colon_stay_text(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("rows: 24:32\ncount: 12\n")
     assert read_yaml(tmp_path / "a.yaml", "FILE") == {"rows": "24:32", "count": 12}
 

@@ -45,7 +45,7 @@ def test_padded_batches_of_pipeline_stages_have_one_shape_a_step(corpus: Path) -
         assert 0 <= positions - max(batch.tokens for batch in actual) < 16
 
 
-def test_batches_step_out_of_turn_while_prefetching_is_made_here(corpus: Path) -> None:
+def test_batches_step_out_of_order_while_prefetching_is_made_in_process(corpus: Path) -> None:
     """The replay check runs a step again, after the loader has gone on to the next one."""
     batches = batches_of(corpus, "mlm", [])
     expected = [[batch.labels.tolist() for batch in batches.step(step)] for step in (0, 0, 1)]

@@ -94,7 +94,7 @@ def test_bench_real_rows_with_pipeline_reports_pp_communication(pool: Pool, corp
     assert "it hands to collectives and transfers" in output
 
 
-def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_path: Path) -> None:
+def test_bench_on_one_rank_reports_no_communication_and_one_peak(pool: Pool, tmp_path: Path) -> None:
     out, site = tmp_path / "b.jsonl", tmp_path / "site.yaml"
     site.write_text("batch: {micro_batch_rows: 4}\n")
     bench(pool, 1, out, "--config", str(site), "--sweep", "data.seq_len=64,128")
@@ -107,7 +107,7 @@ def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_p
         assert row["micro_batch_rows"] == 4
 
 
-def test_bench_steps_run_the_guard_of_training(pool: Pool, tmp_path: Path) -> None:
+def test_bench_steps_run_anomaly_detector_before_update(pool: Pool, tmp_path: Path) -> None:
     """Whether the update waits for the step's figures is part of the time that is measured."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE, "batch.micro_batch_rows=1"]
     (actual,) = pool.run(1, line, mutation="late_updates_are_printed")

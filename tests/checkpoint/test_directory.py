@@ -127,7 +127,7 @@ def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, ste
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
-def test_publish_forces_checkpoint_to_the_disk_before_latest_names_it(tmp_path, again):
+def test_publish_fsyncs_checkpoint_before_updating_latest(tmp_path, again):
     """A failure of power must leave a whole checkpoint: each file, its name, and then the name in `latest`."""
     with watched(tmp_path) as seen:
         save(tmp_path, 1)

@@ -106,7 +106,7 @@ def test_nearest_key_of_misspelled_key_suggests_existing_one(written: str, meant
         ("--versoin", "(did you mean '--version'?)"),
     ],
 )
-def test_main_wrong_word_exits_2_with_one_line_hint(
+def test_main_misspelled_argument_exits_2_with_one_line_hint(
     line: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(line.split(" ")) == 2

@@ -90,7 +90,7 @@ def test_main_unknown_command_suggests_nearest(typed, meant, capsys):
     assert error.count("\n") == 1
 
 
-def test_name_with_other_digits_is_no_guess(capsys):
+def test_main_size_between_two_others_suggests_none(capsys):
     """Suggest no size for 18m, because 17m and 68m are equally likely."""
     assert main(["plan", "--size", "18m", "--gpus", "8"]) == 2
     error = capsys.readouterr().err

@@ -8,7 +8,7 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.cli.parsing import OneLineParser, format_arguments
 
 
-def test_words_of_parsed_arguments_round_trip() -> None:
+def test_format_arguments_round_trips_parsed_arguments() -> None:
     from megatron_ettin.cli import train
 
     parser = OneLineParser()

@@ -195,7 +195,7 @@ def test_validation_without_a_cadence_is_reported(capsys: pytest.CaptureFixture[
     assert "data.validation: is evaluated at the end of the run only" in output
 
 
-def test_key_in_the_file_of_both_halves_is_not_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_unused_key_in_user_config_is_not_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     site = tmp_path / "pair.yaml"
     site.write_text("model: {encoder_window: 32, decoder_window_keys: 32}\n")
     for objective in ("mlm", "clm"):

@@ -23,9 +23,7 @@ NAMES = {"size": None, "objective": None, "phase": None}
 
 
 @pytest.mark.parametrize(("size", "objective", "phase"), FIRST_AND_48)
-def test_original_yaml_equals_the_original_recipe_of_its_names(
-    size: str, objective: str, phase: str, tmp_path: Path
-) -> None:
+def test_original_yaml_resolves_to_original_recipe(size: str, objective: str, phase: str, tmp_path: Path) -> None:
     """The file gives the same config as `recipe: original` with the three names that the file contains."""
     path = write(tmp_path / "original.yaml", original(size, objective, phase))
     actual = run_names(read_user_config(path), path, NAMES)
@@ -121,7 +119,7 @@ def test_original_yaml_changed_key_sets_its_counterpart(
         (["schedule.decay_tokens=5B"], 3 * 10**9, 5 * 10**9),
     ],
 )
-def test_original_yaml_shortened_by_a_word_keeps_its_shares(
+def test_original_yaml_of_shorter_run_keeps_schedule_shares(
     arguments: list[str], warmup: int, decay: int, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "original.yaml", original("17m", "clm", "cross"))

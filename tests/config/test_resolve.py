@@ -221,7 +221,7 @@ def test_parse_and_from_yaml_read_lists_and_their_older_texts(key: str, tmp_path
     ("word", "same"),
     [("profile.ranks=all", "profile.ranks=null"), ("profile.steps=5", "profile.steps=[5, 6]"), ("data.skip=[]", "")],
 )
-def test_parse_short_forms_of_lists_mean_the_long_ones(word: str, same: str) -> None:
+def test_parse_short_forms_of_lists_equal_long_forms(word: str, same: str) -> None:
     assert parse("17m", "mlm", "pretrain", overrides=[word]) == parse(
         "17m", "mlm", "pretrain", overrides=[same] if same else []
     )

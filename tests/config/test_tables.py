@@ -143,5 +143,5 @@ def test_long_name_of_published_shape_says_parameters_and_shape():
 
 
 @pytest.mark.parametrize("model", [None, {}, {"num_layers": 2}, {"num_layers": "2"}, "tiny"])
-def test_names_of_a_group_without_shape_are_the_size_alone(model):
+def test_names_of_config_without_shape_are_the_size_alone(model):
     assert (short_name("17m", model), long_name("17m", model)) == ("17m", "")

@@ -39,7 +39,7 @@ def test_parse_points_invalid_share_is_refused(value: object) -> None:
     ("older", "value"),
     [("0:1,10B:0.5", [[0, 1], ["10B", 0.5]]), ("0.8,1500:0.3", [[0, 0.8], [1500, 0.3]]), ("0.5", 0.5)],
 )
-def test_share_points_older_text_is_the_same_value(older: str, value: object) -> None:
+def test_share_points_as_text_parse_to_same_value(older: str, value: object) -> None:
     points = share_points(value, "k")
     assert share_points(older, "k") == points
     assert share_points(points, "k") == points

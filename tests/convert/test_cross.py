@@ -48,7 +48,7 @@ def check_names(theirs: dict[str, torch.Tensor], other: dict[str, torch.Tensor],
     assert same_bits(encoder, decoder)
 
 
-def test_to_hf_card_of_decoder_made_encoder_says_so(tmp_path, capsys):
+def test_to_hf_card_of_decoder_exported_as_encoder_names_shifted_prediction(tmp_path, capsys):
     """A decoder made an encoder predicts one position early until it is trained on."""
     make_folder(tmp_path / "theirs", "clm")
     command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "checkpoint")

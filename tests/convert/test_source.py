@@ -18,13 +18,13 @@ from tests.convert.folders import refused, same_bits, tensors
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "common.pt", "config.yaml", "progress.json"])
 def test_to_hf_damaged_checkpoint_file_is_named(checkpoint, tmp_path, capsys, name):
     file = checkpoint / name
-    whole = file.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 4
+    intact = file.read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 4
     file.write_bytes(flipped)
     refused(capsys, tmp_path, "to-hf", checkpoint, f"{name}: sha256")
-    file.write_bytes(whole[:-1])
-    refused(capsys, tmp_path, "to-hf", checkpoint, f"{name}: {len(whole) - 1:,} bytes")
+    file.write_bytes(intact[:-1])
+    refused(capsys, tmp_path, "to-hf", checkpoint, f"{name}: {len(intact) - 1:,} bytes")
     file.unlink()
     refused(capsys, tmp_path, "to-hf", checkpoint, f"{name}: missing")
 

@@ -76,11 +76,11 @@ def test_to_hf_config_has_the_special_ids_of_training(exported, objective):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_to_hf_pad_token_is_no_ordinary_word(exported, objective):
+def test_to_hf_pad_token_is_a_special_token(exported, objective):
     assert exported.config(objective)["pad_token_id"] in read_manifest(exported.dataset).tokenizer.special_ids
 
 
-def test_to_hf_encoder_tokenizer_frames_a_text_as_training_did(exported):
+def test_to_hf_encoder_tokenizer_adds_cls_and_sep_as_in_training(exported):
     from transformers import AutoTokenizer
 
     trained, tokenizer = load_tokenizer(exported.dataset), AutoTokenizer.from_pretrained(exported.encoder)
@@ -90,7 +90,7 @@ def test_to_hf_encoder_tokenizer_frames_a_text_as_training_did(exported):
     assert padded[len(bare) + 2 :] == [trained.pad_id] * len(bare)
 
 
-def test_to_hf_decoder_tokenizer_begins_a_text_as_training_did(exported):
+def test_to_hf_decoder_tokenizer_adds_cls_as_in_training(exported):
     from transformers import AutoTokenizer
 
     trained, tokenizer = load_tokenizer(exported.dataset), AutoTokenizer.from_pretrained(exported.decoder)
@@ -99,7 +99,7 @@ def test_to_hf_decoder_tokenizer_begins_a_text_as_training_did(exported):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_to_hf_lengths_are_the_rows_that_were_trained(exported, objective):
+def test_to_hf_max_lengths_equal_training_row_length(exported, objective):
     from transformers import AutoTokenizer
 
     folder = exported.encoder if objective == "mlm" else exported.decoder
@@ -109,19 +109,17 @@ def test_to_hf_lengths_are_the_rows_that_were_trained(exported, objective):
     assert len(tokenizer(" ".join([TEXT] * 40), truncation=True)["input_ids"]) == 64
 
 
-def test_from_hf_gives_back_the_tokenizer_of_training(exported):
+def test_from_hf_restores_training_tokenizer(exported):
     fingerprint = load_tokenizer(exported.back / "tokenizer").fingerprint
     assert fingerprint == read_manifest(exported.dataset).tokenizer.fingerprint
 
 
-def test_to_hf_decoder_says_where_generation_ends(exported):
+def test_to_hf_decoder_generation_config_has_training_ids(exported):
     ids = json.loads((exported.decoder / "generation_config.json").read_text())
     trained = read_manifest(exported.dataset).tokenizer
-    assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (
-        trained.cls_id,
-        trained.sep_id,
-        trained.pad_id,
-    )
+    assert ids["bos_token_id"] == trained.cls_id
+    assert ids["eos_token_id"] == trained.sep_id
+    assert ids["pad_token_id"] == trained.pad_id
 
 
 @pytest.mark.full

@@ -73,7 +73,8 @@ def test_order_late_step_of_huge_mixture_is_exact_in_little_memory(config: Path)
     printed, memory, _ = measured("order", config, "--steps", f"{STEPS.start}:{STEPS.stop}", "--json")
     records = [json.loads(line) for line in printed.splitlines()]
     assert [(r["step"], r["slot"]) for r in records] == [(step, slot) for step in STEPS for slot in range(32)]
-    assert len({(r["dataset"], r["row"]) for r in records}) == len(records) == 320
+    assert len(records) == 320
+    assert len({(r["dataset"], r["row"]) for r in records}) == 320
     assert len({r["dataset"] for r in records}) == DATASETS
     assert all(r["chunk"] == r["row"] < ROWS and r["end_token"] == ROW_TOKENS - 2 for r in records)
     assert memory["RssAnon"] < 200 * 1024

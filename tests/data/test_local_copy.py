@@ -218,7 +218,7 @@ def train_from_reader_that_forgets(key: str, *arguments: str) -> int | None:
 
 
 @pytest.mark.parametrize("key", FORGOTTEN)
-def test_train_reader_of_another_order_than_the_recorded_is_refused(corpus: Path, tmp_path: Path, key: str) -> None:
+def test_train_local_copy_that_reads_another_order_is_refused(corpus: Path, tmp_path: Path, key: str) -> None:
     """Rows that had been left out were trained on, under the fingerprint of a run without them."""
     overrides = [*SMALL, "run.steps=1", f"data.local_copy={tmp_path / 'local'}", "data.skip=0:8"]
     overrides.append("data.mean_tokens_per_row=50")

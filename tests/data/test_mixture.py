@@ -42,7 +42,8 @@ def test_parse_mixture_relative_paths_resolve_from_file_or_root(tmp_path: Path) 
 @pytest.mark.parametrize(("name", "billions", "sources"), [("pretrain", 1704.7, 13), ("extend", 249.3, 10), ("decay", 76.3, 9)])  # fmt: skip
 def test_example_mixtures_sum_to_published_token_counts(name: str, billions: float, sources: int) -> None:
     entries = parse_mixture(str(EXAMPLES / f"{name}.yaml"))
-    assert len({entry.path for entry in entries}) == len(entries) == sources
+    assert len(entries) == sources
+    assert len({entry.path for entry in entries}) == sources
     assert sum(entry.tokens or 0 for entry in entries) == pytest.approx(billions * 1e9, abs=1)
 
 

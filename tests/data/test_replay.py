@@ -124,7 +124,7 @@ def test_recorded_order_folder_is_read_by_step_numbers_in_names(prepared: Datase
     assert orders[0].fingerprint == orders[1].fingerprint
 
 
-def test_recorded_order_is_forced_to_the_disk_before_it_has_its_name(prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_fsyncs_cache_before_rename(prepared: Dataset, cache: Path) -> None:
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
     with watched(prepared.path) as seen:
         corpus_of(prepared, overrides=(f"data.order={order}",))

@@ -130,7 +130,7 @@ def test_prepare_ids_beyond_uint16_of_few_entries_are_kept(tmp_path: Path) -> No
     assert dataset.chunk(0).tolist() == [1, 3, 70_000, 2]
 
 
-def test_prepare_dataset_made_by_number_of_entries_is_not_complete(
+def test_prepare_older_dataset_with_wrapped_ids_is_not_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What earlier versions made of such a tokenizer has wrapped ids in it."""

@@ -142,7 +142,7 @@ def test_docs_shell_wrong_block_exits_nonzero_naming_mistake(
     assert message in done.stdout + done.stderr
 
 
-def test_blocks_of_wrong_or_unexplained_tag_is_refused() -> None:
+def test_blocks_of_wrong_or_unexplained_tag_are_refused() -> None:
     text = "<!-- run: gpu, because eight devices -->\n```bash\nettin train\n```\n"
     (block,) = blocks_of(text, "page")
     assert (block.tag, block.reason, block.text) == ("gpu", "eight devices", "ettin train\n")

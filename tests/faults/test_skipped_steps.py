@@ -64,7 +64,7 @@ FIRST = [("", "skip", "warn"), ("", "ignore", "skip"), ("nan_gradients_in_step_3
 
 
 @pytest.mark.parametrize(("fault", "on_nonfinite", "on_spike"), tiered(LEFT_OUT, FIRST))
-def test_updates_left_out_are_those_of_settings_that_skip(
+def test_updates_are_left_out_by_skip_settings_only(
     pool: Pool, corpus: Path, tmp_path: Path, fault: str, on_nonfinite: str, on_spike: str
 ) -> None:
     overrides = [*NERVOUS, "run.steps=7", f"resilience.on_nonfinite={on_nonfinite}", f"resilience.on_spike={on_spike}"]

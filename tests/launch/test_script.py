@@ -60,7 +60,7 @@ def test_launch_ranks_are_bound_next_to_their_gpus(tmp_path: Path) -> None:
     assert "--cpu-bind=cores --distribution=block:block" in text
 
 
-def test_launch_error_handling_is_left_to_torch(tmp_path: Path) -> None:
+def test_launch_script_sets_no_async_error_handling(tmp_path: Path) -> None:
     (text,) = write_scripts(tmp_path, ONE_NODE, CALL).values()
     assert "ASYNC_ERROR_HANDLING" not in text
 
@@ -74,7 +74,7 @@ def test_launch_error_handling_is_left_to_torch(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_launch_whole_nodes_come_with_their_whole_memory(tmp_path: Path, options: list[str], memory: list[str]) -> None:
+def test_launch_exclusive_nodes_request_all_memory(tmp_path: Path, options: list[str], memory: list[str]) -> None:
     (text,) = write_scripts(tmp_path, [*ONE_NODE, *options], CALL).values()
     assert [line.removeprefix("#SBATCH ") for line in text.splitlines() if "SBATCH --mem" in line] == memory
 

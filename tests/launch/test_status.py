@@ -8,14 +8,14 @@ from megatron_ettin.cli.main import main
 from tests.report.synthetic import write_run
 
 
-def test_status_of_another_shape_does_not_call_it_by_the_size(tmp_path, capsys):
+def test_status_model_of_unpublished_shape_is_not_named_by_size(tmp_path, capsys):
     overrides = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
     write_run(tmp_path / "run", overrides=overrides)
     assert main(["status", str(tmp_path), "--json"]) == 0
     assert [row["model"] for row in json.loads(capsys.readouterr().out)] == ["207K mlm pretrain"]
 
 
-def test_status_leaves_out_events_that_name_no_job(tmp_path, capsys):
+def test_status_ignores_events_without_job(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     event = {"event": "submitted", "runs": [str(run)], "time": 1.0}
     (tmp_path / "slurm").mkdir()

@@ -118,7 +118,7 @@ def test_supervisor_run_without_heartbeat_is_ended(tmp_path: Path) -> None:
     assert any("before the run's first heartbeat" in line for line in lines)
 
 
-def test_supervisor_failed_rank_ends_a_command_that_stays(tmp_path: Path) -> None:
+def test_supervisor_failed_rank_ends_command_that_keeps_running(tmp_path: Path) -> None:
     body = "beat('step', limit_seconds=60); fail('error', 'ValueError: 7'); time.sleep(100)"
     status, lines, _ = ended(tmp_path, body, "--restarts", "0")
     assert status == 1

@@ -86,10 +86,10 @@ def test_jsonl_sink_resume_at_last_step_changes_nothing(tmp_path):
 @pytest.mark.parametrize("keep", range(1, len(json.dumps(line(3))) + 1))
 def test_metrics_torn_last_line_is_ignored_and_repaired(tmp_path, keep):
     path = written(tmp_path / "metrics.jsonl", [1, 2])
-    whole = json.dumps(line(3)).encode()
+    full_line = json.dumps(line(3)).encode()
     with open(path, "ab") as file:
-        file.write(whole[:keep])
-    expected = [1, 2] if keep < len(whole) else [1, 2, 3]
+        file.write(full_line[:keep])
+    expected = [1, 2] if keep < len(full_line) else [1, 2, 3]
     assert steps_of(path) == expected
     sink = JsonlSink(path)
     sink.log(line(9))
@@ -101,7 +101,7 @@ DAMAGE = [b"\x00\x00", b'{"step": null}', b'{"step": "x"}', b"[1]", b"[" * 20_00
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=["bytes", "null", "text", "list", "deep"])
-def test_record_with_damaged_middle_line_is_read_and_gone_on_with(tmp_path, capsys, damage):
+def test_metrics_with_damaged_middle_line_are_read_and_continued(tmp_path, capsys, damage):
     path = written(tmp_path / "metrics.jsonl", [1, 2, 3])
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
@@ -139,12 +139,12 @@ def test_jsonl_sink_on_full_disk_keeps_lines_until_there_is_room(tmp_path, capsy
     sink = JsonlSink(path)
     sinks = FanOut([sink])
     sinks.log(line(1))
-    whole = path.stat().st_size
-    with file_size_limit(whole + 10):
+    full_size = path.stat().st_size
+    with file_size_limit(full_size + 10):
         sinks.log(line(2))
         sinks.log(line(3))
         assert sinks.problem == f"{path}: File too large"
-        assert path.stat().st_size == whole
+        assert path.stat().st_size == full_size
     sinks.log(line(4))
     assert sinks.problem is None
     assert steps_of(path) == [1, 2, 3, 4]

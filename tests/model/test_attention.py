@@ -111,7 +111,7 @@ def test_attention_hybrid_micro_batch_matches_its_parts_separately(layer: int, s
     lengths = [[90, seq_len - 90], [seq_len - 10], [], [60, 5, seq_len - 65]]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(4 * seq_len, 2, 8, generator=generator) for _ in range(3))
-    whole = attention(q, k, v, None, packed_seq_params=pack_rows(lengths, seq_len, causal_tokens=seq_len))
+    together = attention(q, k, v, None, packed_seq_params=pack_rows(lengths, seq_len, causal_tokens=seq_len))
     for rows, causal in ((slice(0, 1), 1), (slice(1, 4), 0)):
         tokens = slice(rows.start * seq_len, rows.stop * seq_len)
         part = [t[tokens] for t in (q, k, v)]
@@ -119,5 +119,5 @@ def test_attention_hybrid_micro_batch_matches_its_parts_separately(layer: int, s
             attention(*part, None, packed_seq_params=pack_rows(lengths[rows], seq_len, causal_tokens=count * seq_len))
             for count in (causal, 0 if causal else 3)
         )
-        assert torch.allclose(whole[tokens], alone, atol=1e-6)
-        assert not torch.allclose(whole[tokens], other, atol=1e-2)
+        assert torch.allclose(together[tokens], alone, atol=1e-6)
+        assert not torch.allclose(together[tokens], other, atol=1e-2)

@@ -60,9 +60,9 @@ def test_lr_fraction_one_minus_sqrt_decays_over_the_last_tokens() -> None:
 @pytest.mark.parametrize("name", ["wsd", "one_minus_sqrt"])
 def test_lr_fraction_with_end_tokens_ends_its_decay_there(name: str) -> None:
     short = ScheduleConfig(name, 0, 200_000, 0.04, end_tokens=500_000)
-    whole = ScheduleConfig(name, 0, 200_000, 0.04)
+    full = ScheduleConfig(name, 0, 200_000, 0.04)
     for t in range(0, 500_000, 10_000):
-        assert lr_fraction(t, short, TOTAL) == lr_fraction(t, whole, 500_000)
+        assert lr_fraction(t, short, TOTAL) == lr_fraction(t, full, 500_000)
     assert lr_fraction(TOTAL, short, TOTAL) == pytest.approx(0.04)
 
 
@@ -93,7 +93,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unset")
-def test_train_few_steps_of_the_recipes_schedule_learns(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_train_few_steps_with_recipe_schedule_lowers_loss(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """With the warm-up of 1.7T tokens its rate was 1e-8, and nothing was learnt."""
     run = train(pool, 1, tmp_path / "run", corpus, "mlm", [f"run.steps={STEPS}"])
     assert run.column("lr")[1:] == [3e-3] * (STEPS - 1)

@@ -84,8 +84,8 @@ def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
     assert rank_parameters(config, 0)[0] == parameter_count(config.model, config.model.vocab_size)
     piped = parse("150m", "mlm", "pretrain", overrides=["parallel.pp=4"])
     shared = config.model.vocab_size * config.model.hidden_size  # the last stage has a copy
-    whole = sum(rank_parameters(piped, rank)[0] for rank in range(4))
-    assert whole == parameter_count(config.model, config.model.vocab_size) + shared
+    all_stages = sum(rank_parameters(piped, rank)[0] for rank in range(4))
+    assert all_stages == parameter_count(config.model, config.model.vocab_size) + shared
 
 
 def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
@@ -117,7 +117,7 @@ def test_estimate_takes_the_fullest_pipeline_stage() -> None:
     assert estimate(small, 4).logits_bytes > 0
 
 
-def test_live_tensors_count_storages_and_peak() -> None:
+def test_peak_memory_tracker_counts_saved_tensors_and_peak() -> None:
     before = torch.zeros(1000)
     with PeakMemoryTracker() as live:
         start = live.bytes

@@ -21,7 +21,7 @@ def fitted(phase: str, *arguments: str, free: frozenset[str] = FREE, row_tokens:
 
 
 @pytest.mark.parametrize(("phase", "final"), [("extend", 0.5), ("decay", 0.04), ("cross", 0.02)])
-def test_lr_at_end_of_shortened_run_is_the_recipes(phase: str, final: float) -> None:
+def test_lr_at_end_of_shortened_run_matches_recipe(phase: str, final: float) -> None:
     for arguments in (["run.tokens=5B"], ["run.steps=40"], ["run.tokens=5B", "run.steps=30"], ["run.tokens=1T"]):
         config = fitted(phase, *arguments)
         assert lr_at_end(config, 1_000.0) == pytest.approx(final * config.optim.lr)
@@ -30,7 +30,8 @@ def test_lr_at_end_of_shortened_run_is_the_recipes(phase: str, final: float) -> 
 def test_fit_schedule_of_fewer_steps_keeps_the_recipes_shares() -> None:
     config = fitted("cross", "run.steps=50", row_tokens=8_000.0)
     end = 50 * 1_024 * 8_000
-    assert config.schedule.end_tokens == end_tokens(config, 8_000.0) == end
+    assert config.schedule.end_tokens == end
+    assert end_tokens(config, 8_000.0) == end
     assert config.schedule.warmup_tokens == 3 * end // 50
     assert config.schedule.decay_tokens == 10 * end // 50
     assert config.run == parse("17m", "mlm", "cross", overrides=["run.steps=50"]).run
@@ -41,13 +42,13 @@ def test_fit_schedule_steps_beyond_the_tokens_change_nothing() -> None:
     assert fit_schedule(config, FREE, 8_000.0) == config
 
 
-def test_fit_schedule_given_key_stays() -> None:
+def test_fit_schedule_keeps_user_warmup_tokens() -> None:
     config = fitted("cross", "run.steps=50", "schedule.warmup_tokens=7K", free=FREE - {"schedule.warmup_tokens"})
     assert config.schedule.warmup_tokens == 7_000
     assert config.schedule.decay_tokens == 10 * 50 * 1_024 * 1_000 // 50
 
 
-def test_fit_schedule_given_end_is_the_span() -> None:
+def test_fit_schedule_keeps_user_end_tokens() -> None:
     config = fitted("cross", "run.steps=50", "schedule.end_tokens=100B", free=FREE - {"schedule.end_tokens"})
     assert config.schedule.warmup_tokens == 6 * 10**9
     assert config.schedule.end_tokens == 100 * 10**9
@@ -58,14 +59,14 @@ def test_fit_schedule_given_decay_longer_than_the_steps_ends_with_the_tokens() -
     assert config.schedule.end_tokens is None
 
 
-def test_fit_schedule_batch_warmup_settles_in_proportion() -> None:
+def test_fit_schedule_keeps_share_of_batch_warmup() -> None:
     """The tokens of a number of steps depend on the batch warm-up, which is a share of them."""
     arguments = ["run.tokens=100M", "batch.warmup_tokens=50M", "run.steps=20"]
     config = fit_schedule(parse("17m", "mlm", "pretrain", overrides=arguments), FREE, 1_024.0)
     assert config.batch.warmup_tokens == pytest.approx(end_tokens(config, 1_024.0) / 2, rel=0.05)
 
 
-def test_free_by_value_names_what_has_the_recipes_value() -> None:
+def test_free_by_value_names_keys_at_recipe_values() -> None:
     config = parse("17m", "mlm", "cross", overrides=["run.tokens=5B", "schedule.decay_tokens=2B"])
     assert free_by_value(config) == FREE - {"schedule.decay_tokens"}
 

@@ -36,7 +36,7 @@ def test_plan_keys_given_at_their_defaults_are_kept(capsys: pytest.CaptureFixtur
     assert (one["tp"], one["pp"], one["micro_batch_rows"], one["overlap"]) == (1, 1, 16, False)
 
 
-def test_plan_of_little_efficiency_warns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_low_efficiency_warns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--size", "17m", "--gpus", "4096", "--top", "1"]) == 0
     assert "warning: efficiency: 1% of a GPU's speed on 8; 2,816 rows a step are few" in capsys.readouterr().out
     assert main(["plan", "--size", "1b", "--gpus", "64", "--top", "1"]) == 0
@@ -116,8 +116,8 @@ def test_plan_given_recompute_is_kept_for_every_dividing_stage_count(capsys: pyt
 
 
 def test_plan_chunk_tokens_are_capped_at_the_row(capsys: pytest.CaptureFixture[str]) -> None:
-    long, whole = (plan(capsys, "--size", "17m", "--gpus", "1", "--chunk-tokens", n) for n in ("99999", "1024"))
-    assert long["layouts"] == whole["layouts"]
+    longer, row_length = (plan(capsys, "--size", "17m", "--gpus", "1", "--chunk-tokens", n) for n in ("99999", "1024"))
+    assert longer["layouts"] == row_length["layouts"]
 
 
 def test_plan_long_rows_on_small_gpu_use_context_parallelism_and_fit(capsys: pytest.CaptureFixture[str]) -> None:

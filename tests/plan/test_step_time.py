@@ -24,8 +24,8 @@ def test_predict_communication_matches_hand_calculation() -> None:
     moved = 149_014_272 / 2 * (4 + 2) * 31 / 32
     around = 24 * 3.4e-6 + 7 * 14e-6  # eight hosts, four ranks in each
     assert time.exposed_dp == pytest.approx(moved / (4 * 50e9 * LINK_SHARE) + 2 * around, rel=0.01)
-    whole = config.with_keys({"parallel.distributed_optimizer": False})
-    reduced = model.predict(whole, 32).exposed_dp
+    unsharded = config.with_keys({"parallel.distributed_optimizer": False})
+    reduced = model.predict(unsharded, 32).exposed_dp
     tree = 2 * (3 * 3.4e-6 + 3 * 14e-6)  # an all-reduce goes up and down a tree of eight hosts
     assert reduced == pytest.approx(moved * 8 / 6 / (4 * 50e9 * LINK_SHARE) + tree, rel=0.01)
     piped = parse("150m", "mlm", "pretrain", overrides=["parallel.pp=2", "batch.micro_batch_rows=4"])

@@ -14,10 +14,10 @@ from megatron_ettin.platform.trackers import PeakMemoryTracker
 def test_peak_memory_tracker_view_is_counted_once() -> None:
     gc.collect()
     before = PeakMemoryTracker().bytes
-    whole = torch.zeros(1000)
-    part = whole[10:20]
+    tensor = torch.zeros(1000)
+    view = tensor[10:20]
     assert PeakMemoryTracker().bytes - before == 4000
-    assert part.numel() == 10
+    assert view.numel() == 10
 
 
 def test_peak_memory_tracker_counts_only_concurrent_tensors() -> None:

@@ -129,7 +129,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return seen
 
 
-def test_prepare_forces_dataset_to_the_disk_before_it_has_its_name(published: Watched) -> None:
+def test_prepare_fsyncs_dataset_before_rename(published: Watched) -> None:
     """A failure of power must not leave a dataset under its name that has lost what is in its files."""
     lost = {f"{rename.target.name}/{name}" for rename in published.renames for name in rename.unforced}
     assert {name for name in lost if "tokenizer" not in name} == set()
@@ -140,7 +140,7 @@ def test_prepare_forces_tokenizer_to_the_disk_before_dataset_has_its_name(publis
     assert published.renames[-1].unforced == []
 
 
-def test_holdout_equal_texts_fall_on_one_side(tmp_path: Path) -> None:
+def test_holdout_equal_texts_land_in_one_split(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": words(20, i % 50), "id": i}) + "\n" for i in range(200)))
     assert prepare_here(path, "--out", tmp_path / "out", "--holdout", 0.3, "--workers", 1) == 0

@@ -87,8 +87,8 @@ def test_release_card_of_revision_says_its_own_tokens(released):
         (released / "ext1" / "README.md").read_text(),
         json.loads((released / "ext1/release.json").read_text()),
     )
-    own, whole = format_count(record["tokens"]), format_count(record["total_tokens"])
-    assert f"| tokens trained | {own} in this phase, {whole} in all |" in card
+    own, total = format_count(record["tokens"]), format_count(record["total_tokens"])
+    assert f"| tokens trained | {own} in this phase, {total} in all |" in card
 
 
 def test_release_data_order_equals_order_command(released, trained, capsys):

@@ -255,14 +255,14 @@ def test_report_page_hostile_text_runs_no_script(browser: Browser, tmp_path: Pat
 
 def test_live_page_adds_new_steps_and_keeps_zoom_and_focus(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    whole = (run / "metrics.jsonl").read_text()
+    all_lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text("")
     with served(run) as (port, source):
         browser.open(f"http://127.0.0.1:{port}/")
         assert browser.value("!document.getElementById('empty').hidden")
         assert count(browser, "figure") == 0
         browser.value("document.querySelector('details').open = true")
-        (run / "metrics.jsonl").write_text(whole)
+        (run / "metrics.jsonl").write_text(all_lines)
         look_again(source)
         browser.until("document.querySelectorAll('figure').length === 4")
         assert browser.value("document.getElementById('empty').hidden")

@@ -36,7 +36,7 @@ def test_compare_different_operations_keys_are_still_paired(tmp_path, encoder):
     assert compared(encoder, write_run(tmp_path / "decoder", "clm", overrides=overrides)) == ("PAIRED", {})
 
 
-def test_compare_model_of_another_shape_is_not_called_by_the_size(tmp_path):
+def test_compare_model_of_unpublished_shape_is_not_named_by_size(tmp_path):
     overrides = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
     runs = [write_run(tmp_path / objective, objective, overrides=overrides) for objective in ("mlm", "clm")]
     assert [chain.name for chain in compare(runs).chains] == ["207K mlm", "207K clm"]
@@ -56,7 +56,7 @@ def test_compare_picture_draws_the_evaluation_of_a_short_phase(tmp_path):
     assert validation.is_sparse
 
 
-def test_compare_folder_named_like_a_formula_is_drawn(tmp_path):
+def test_compare_picture_of_folder_with_formula_characters_is_drawn(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("plain", r"x$\frac{$y")]
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out.html")]) == 0
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
@@ -158,7 +158,7 @@ def test_compare_older_runs_are_judged_by_their_updates_alone(tmp_path, encoder)
     assert compared(encoder, skipped)[0] == "NOT PAIRED"
 
 
-def test_compare_older_step_called_ignored_wants_a_checkpoint_that_counts_it(tmp_path, encoder):
+def test_compare_older_ignored_step_needs_checkpoint_that_counts_skips(tmp_path, encoder):
     decoder = without_guard(write_run(tmp_path / "decoder", "clm", bad={9: "ignored: gradient norm 2 is above 1"}))
     shown = f"{decoder}: whether the update of step 9 was made was not recorded"
     assert compared(encoder, decoder) == ("NOT PAIRED", {"updates of every step": shown})

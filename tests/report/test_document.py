@@ -227,7 +227,7 @@ def test_report_repeated_step_keeps_the_latest_value(run: Path, page: Path) -> N
     assert floats(series["loss"]["y"])[38] == 7.5
 
 
-def test_report_bad_steps_of_a_stretch_trained_again_are_not_counted(tmp_path: Path, page: Path) -> None:
+def test_report_rolled_back_bad_steps_are_not_counted(tmp_path: Path, page: Path) -> None:
     """List a step that was bad again and one that ended the latest launch; leave out one that was good when it was
     trained again, and one that has not been reached again."""
     run = write_run(tmp_path / "run", bad={7: "skipped: again"})
@@ -389,14 +389,14 @@ def test_report_ranks_of_equal_speed_draw_no_chart_of_the_slowest(tmp_path: Path
     assert not (tmp_path / "figures" / "slowest.png").exists()
 
 
-def test_report_encoder_and_decoder_have_their_colours_in_any_order(tmp_path: Path, run: Path, page: Path) -> None:
+def test_report_model_colours_do_not_depend_on_order(tmp_path: Path, run: Path, page: Path) -> None:
     other = write_run(tmp_path / "other", "clm")
     for named in ((run, other), (other, run)):
         models = numbers(reported(page, *named))["models"]
         assert {model["name"]: model["colour"] for model in models} == {"17m mlm": 0, "17m clm": 1}
 
 
-def test_report_folders_named_like_a_formula_are_drawn(tmp_path: Path, page: Path) -> None:
+def test_report_figures_of_folders_with_formula_characters_are_drawn(tmp_path: Path, page: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("plain", r"x$\frac{$y")]
     reported(page, *runs, "--png", tmp_path / "figures")
     assert (tmp_path / "figures" / "loss.png").exists()

@@ -50,7 +50,7 @@ def test_join_by_record_without_record_joins_phases_of_one_folder(tmp_path: Path
     assert joined(runs, tmp_path, by_record=True) == [["a/pretrain", "a/extend"], ["b/decay"]]
 
 
-def test_join_by_record_leaves_a_run_alone_whose_origin_is_not_named(tmp_path: Path) -> None:
+def test_join_by_record_run_of_unlisted_origin_starts_own_chain(tmp_path: Path) -> None:
     runs = written(tmp_path, "a/pretrain", "a/extend")
     record_origin(runs[1], tmp_path / "elsewhere")
     assert joined(runs, tmp_path, by_record=True) == [["a/pretrain"], ["a/extend"]]

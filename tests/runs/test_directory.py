@@ -64,7 +64,7 @@ def test_first_launch_is_none_where_its_line_is_torn(run: Path) -> None:
     assert RunDirectory(run).launches == [{"step": 2}]
 
 
-def test_began_from_prefers_the_path_that_is_there(run: Path, tmp_path: Path) -> None:
+def test_began_from_prefers_existing_path(run: Path, tmp_path: Path) -> None:
     (tmp_path / "before").mkdir()
     for first, origin in (
         ({"init_from": "/gone", "init_from_relative": "../before"}, tmp_path / "before"),

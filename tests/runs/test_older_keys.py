@@ -61,7 +61,7 @@ def test_older_names_of_allowed_changes_are_those_of_today(older: Path) -> None:
     assert RunDirectory(older).changes == ["optim.weight_decay_reference_lr"]
 
 
-def test_roll_back_with_the_older_text_is_known_as_done(older: Path) -> None:
+def test_roll_back_recorded_as_text_is_not_repeated(older: Path) -> None:
     assert not launches.roll_back(older, 3, [[24, 32]])
 
 
@@ -85,7 +85,7 @@ def test_science_keys_of_an_older_hybrid_run_are_those_of_today(tmp_path: Path) 
     assert RunDirectory(tmp_path).science == science_keys(config)
 
 
-def test_removed_key_of_an_older_run_is_read_over_and_refused_from_a_user(older: Path) -> None:
+def test_removed_key_is_ignored_in_stored_config_and_refused_as_override(older: Path) -> None:
     path = older / "config.yaml"
     path.write_text(path.read_text().replace("resilience:\n", "resilience:\n  in_process_restarts: 3\n"))
     assert from_yaml(path).resilience.save_on_signal

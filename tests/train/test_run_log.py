@@ -66,7 +66,7 @@ def is_whole(run: Path) -> bool:
         pytest.param(hung_up_terminal, [], marks=pytest.mark.full),
     ],
 )
-def test_train_without_standard_output_trains_on_and_says_so(lost, more, corpus: Path, tmp_path: Path) -> None:
+def test_train_without_standard_output_continues_and_warns(lost, more, corpus: Path, tmp_path: Path) -> None:
     with lost() as output:
         ended = subprocess.run(
             program("ettin", *arguments(tmp_path / "run", corpus, *more)),
@@ -80,7 +80,7 @@ def test_train_without_standard_output_trains_on_and_says_so(lost, more, corpus:
 
 
 @pytest.mark.parametrize("lost", [full_disk, pytest.param(pipe_without_reader, marks=pytest.mark.full)])
-def test_train_without_standard_error_trains_on_and_says_so(lost, corpus: Path, tmp_path: Path) -> None:
+def test_train_without_standard_error_continues_and_warns(lost, corpus: Path, tmp_path: Path) -> None:
     """Take a phase that begins from no other, of which a run warns on standard error."""
     with lost() as errors:
         call = program("ettin", *arguments(tmp_path / "run", corpus, "--phase", "extend"))
@@ -92,7 +92,7 @@ def test_train_without_standard_error_trains_on_and_says_so(lost, corpus: Path, 
 
 @pytest.mark.full
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "> /dev/full 2>&1"])
-def test_train_with_lost_files_exits_0(redirection: str, corpus: Path, tmp_path: Path) -> None:
+def test_train_with_closed_standard_files_exits_0(redirection: str, corpus: Path, tmp_path: Path) -> None:
     """Take the interpreter itself: closed files are its start's matter, and the last flush its end's."""
     call = " ".join([sys.executable, "-m", "megatron_ettin", *arguments(tmp_path / "run", corpus)])
     ended = subprocess.run(["bash", "-c", f"{call} {redirection}"], capture_output=True, text=True)
@@ -102,7 +102,7 @@ def test_train_with_lost_files_exits_0(redirection: str, corpus: Path, tmp_path:
 
 @pytest.mark.full
 @pytest.mark.parametrize("lost", ["> /dev/full 2>&1", "2>&-"])
-def test_train_invalid_setting_with_lost_files_exits_2(lost: str, tmp_path: Path) -> None:
+def test_train_invalid_setting_with_closed_standard_files_exits_2(lost: str, tmp_path: Path) -> None:
     call = " ".join([sys.executable, "-m", "megatron_ettin", *arguments(tmp_path / "run", tmp_path / "none")])
     assert subprocess.run(["bash", "-c", f"{call} {lost}"], capture_output=True).returncode == 2
 
@@ -122,7 +122,7 @@ def test_train_with_closed_terminal_trains_on(corpus: Path, tmp_path: Path) -> N
     assert len(read(tmp_path / "run").metrics) == 40
 
 
-def test_json_steps_until_the_reader_ends_are_whole_lines(corpus: Path, tmp_path: Path) -> None:
+def test_json_output_to_closing_reader_has_complete_lines(corpus: Path, tmp_path: Path) -> None:
     running = subprocess.Popen(
         program("ettin", *arguments(tmp_path / "run", corpus, "--json")),
         stdout=subprocess.PIPE,

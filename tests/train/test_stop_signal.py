@@ -67,7 +67,7 @@ def test_stop_signal_while_another_copies_the_data_ends_with_75(corpus: Path, tm
             assert child.wait(60) == 75
 
 
-def test_stop_signal_of_a_lost_terminal_saves_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_stop_signal_sighup_saves_the_run(corpus: Path, tmp_path: Path) -> None:
     ranks = Ranks(1, tmp_path, command(tmp_path / "run", corpus, "mlm", MANY))
     try:
         wait_until(lambda: "step 2 " in ranks.output(), 60, "a step")
@@ -81,7 +81,7 @@ def test_stop_signal_of_a_lost_terminal_saves_the_run(corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.full
-def test_stop_signal_of_a_lost_terminal_is_ignored_under_nohup(corpus: Path, tmp_path: Path) -> None:
+def test_stop_signal_sighup_is_ignored_under_nohup(corpus: Path, tmp_path: Path) -> None:
     """Send SIGHUP to a run that was started with it ignored, and see it train on."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

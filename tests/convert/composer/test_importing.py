@@ -59,7 +59,7 @@ def test_from_composer_transformers_config_json_gives_model_config(tmp_path):
     assert config["model"]["encoder_window"] == 8
 
 
-def test_from_composer_config_unlike_record_wins_and_is_noted(tmp_path):
+def test_from_composer_given_config_overrides_record_with_note(tmp_path):
     trainer_file(tmp_path / "file.pt", "mlm")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"rotary_emb_base": 10_000.0}))
     result, config = imported(tmp_path, config=tmp_path / "run.yaml")
@@ -107,7 +107,8 @@ def test_from_composer_cross_trained_head_takes_trained_objective(tmp_path, head
     first = {"head": "mlm", "lm_head": "clm"}[head]
     trainer_file(tmp_path / "file.pt", first, config=None)
     result, config = imported(tmp_path, config=run_yaml(tmp_path / "run.yaml", name))
-    assert result["objective"] == trained == config["run"]["objective"]
+    assert result["objective"] == trained
+    assert config["run"]["objective"] == trained
     assert any("masked next-token prediction" in note for note in result["notes"]) == (trained == "mlm")
 
 
@@ -116,7 +117,8 @@ def test_from_composer_objective_option_overrides_record(tmp_path, objective):
     other = {"mlm": "clm", "clm": "mlm"}[objective]
     trainer_file(tmp_path / "file.pt", objective)
     result, config = imported(tmp_path, objective=other)
-    assert result["objective"] == other == config["run"]["objective"]
+    assert result["objective"] == other
+    assert config["run"]["objective"] == other
     assert any(f"trained as {objective}, imported as {other}" in note for note in result["notes"])
 
 

@@ -14,14 +14,14 @@ from tests.convert.folders import command
 
 def test_from_composer_file_of_another_format_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "good.pt", "mlm")
-    whole = (tmp_path / "good.pt").read_bytes()
+    good = (tmp_path / "good.pt").read_bytes()
     bad = tmp_path / "bad.pt"
     for content, message in (
         (b"", "not a file of torch.save"),
         (b"weights", "not a file of torch.save"),
-        (b"\x1f\x8b" + whole, "not a file of torch.save"),
-        (whole[:1000], "truncated"),
-        (whole[:-100], "truncated"),
+        (b"\x1f\x8b" + good, "not a file of torch.save"),
+        (good[:1000], "truncated"),
+        (good[:-100], "truncated"),
         (pickle.dumps({"state": 1}), "not a file of torch.save"),
     ):
         bad.write_bytes(content)
