@@ -6,7 +6,7 @@ from the tensors that each one saves for backward.
 `fused` means that element-wise work is compiled, as on GPUs, and that attention is a kernel that takes boundaries.
 Otherwise operations run one by one and attention is that of model/attention.py. `fused` follows `runtime.compile`
 alone, so the attention of an uncompiled GPU run, or of a compiled CPU run, is counted as if it were the other kernel.
-tests/plan/test_memory.py compares the uncompiled count with real CPU ranks; the fused one has met no real run yet.
+tests/plan/test_memory.py compares the uncompiled count with real CPU ranks. The fused count is not compared with any.
 """
 
 from __future__ import annotations
