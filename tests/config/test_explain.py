@@ -142,7 +142,7 @@ def test_dry_run_original_recipe_gives_published_step_count(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "output"),
     [
-        (["--recipe", "originall"], "recipe 'originall' does not exist (did you mean 'original'?)"),
+        (["--recipe", "originall"], "--recipe: 'originall' does not exist (did you mean 'original'?)"),
         (["run.recipe=ettin"], "recipe 'ettin' does not exist; it is one of paired, original"),
         (["data.mean_tokens_per_row=0"], "data.mean_tokens_per_row: 0.0 is not allowed; it must be above 0"),
         (["model.output_bias_init=ones"], "model.output_bias_init: 'ones' does not exist"),
