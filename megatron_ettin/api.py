@@ -191,12 +191,12 @@ def load_checkpoint(path: AnyPath, verify: bool = True) -> Checkpoint:
     Raises:
         UserError: where there is no checkpoint, or a damaged one.
     """
-    from megatron_ettin.checkpoint import directory
+    from megatron_ettin.checkpoint import directory, integrity
     from megatron_ettin.train.resume import checkpoint_config
 
     folder = directory.resolve(Path(path))
     if verify:
-        directory.verify(folder)
+        integrity.verify(folder)
     progress = directory.read_progress(folder)
     return Checkpoint(folder, checkpoint_config(folder), int(progress["step"]), int(progress["tokens"]))
 

@@ -101,14 +101,14 @@ class Bench:
                 self.times.setdefault(f"{way}: {AFTER} steps after", []).append(after - AFTER * plain)
 
     def loads(self, checkpoint: Path) -> None:
-        from megatron_ettin.checkpoint import directory
+        from megatron_ettin.checkpoint import integrity
         from megatron_ettin.train import resume
 
         def load(way: str) -> None:
             resume.load(self.train_state, checkpoint, verified="verify" not in way)
 
         for _ in range(self.rounds):
-            verified = timed(lambda: directory.verify(checkpoint))
+            verified = timed(lambda: integrity.verify(checkpoint))
             self.times.setdefault("verify (sha256 of all files)", []).append(verified)
             for way in self.draw.sample(LOADS, len(LOADS)):
                 if "disk" in way:

@@ -25,32 +25,13 @@ from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
 
-__all__ = [
-    "at_step",
-    "checkpoints_folder",
-    "latest",
-    "list_checkpoints",
-    "list_milestones",
-    "new_staging",
-    "prune",
-    "publish",
-    "read_config",
-    "read_progress",
-    "read_stored_config",
-    "resolve",
-    "seal_and_rename",
-    "step_name",
-    "step_of",
-    "tidy",
-    "verify",
-]
-
 LATEST = "latest"
 _STAGING = ".tmp-"
 # prefix of an older checkpoint of a step while a new one of the same step replaces it
 _REPLACED = ".tmp-replaced-"
 _PRUNED = ".tmp-pruned-"
-_STEP = re.compile(r"step_(\d{9,})")
+# no more digits than any run needs, so that the name of a folder never becomes too long for the file system
+_STEP = re.compile(r"step_(\d{9,18})", re.ASCII)
 
 
 def step_name(step: int) -> str:
@@ -127,22 +108,24 @@ def _candidates(run_dir: Path) -> list[Path]:
     return sorted(published + aside, key=step_of, reverse=True)
 
 
-def _named_latest(run_dir: Path) -> Path | None:
-    """Return the checkpoint that `latest` names. If it names none, log a warning and return None."""
+def named_latest(run_dir: Path, warn: Callable[[str], None] = log_warning) -> Path | None:
+    """Return the checkpoint that `latest` names. If it names none, pass the reason to `warn` and return None."""
     path = checkpoints_folder(run_dir) / LATEST
     try:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not _STEP.fullmatch(name):
+            warn(f"{path}: holds {name[:40]!r}, not the name of a checkpoint; looking for the newest good one")
+            return None
+        # a checkpoint's folder may be a link to another disk
+        named = path_in(path.parent, name, path, links=Links.UNCHECKED)
+        if named.is_dir():
+            return named
+        warn(f"{path}: names {name}, which is not there; looking for the newest good one")
     except FileNotFoundError:
-        return None
-    if not _STEP.fullmatch(name):
-        log_warning(f"{path}: holds {name[:40]!r}, not the name of a checkpoint; looking for the newest good one")
-        return None
-    # a checkpoint's folder may be a link to another disk
-    named = path_in(path.parent, name, path, links=Links.UNCHECKED)
-    if not named.is_dir():
-        log_warning(f"{path}: names {name}, which is not there; looking for the newest good one")
-        return None
-    return named
+        pass
+    except OSError as error:
+        warn(f"{path}: {error.strerror or error}; looking for the newest good one")
+    return None
 
 
 def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None] | None = None) -> Path | None:
@@ -159,7 +142,7 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
     Raises:
         UserError: the run has checkpoints and all are damaged.
     """
-    named = _named_latest(run_dir)
+    named = named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
     if named and rest and step_of(rest[0]) > step_of(named):
         why = f"a save was killed before it was named, or {LATEST} has changed"
@@ -264,7 +247,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     """
     if keep <= 0:
         return []
-    kept = {*list_checkpoints(run_dir)[-keep:], _named_latest(run_dir)}
+    kept = {*list_checkpoints(run_dir)[-keep:], named_latest(run_dir)}
     removed = [path for path in list_checkpoints(run_dir) if path not in kept and not _is_kept(path)]
     for path in removed:
         doomed = path.with_name(_PRUNED + path.name)

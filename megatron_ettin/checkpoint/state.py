@@ -14,7 +14,7 @@ import contextlib
 import logging
 import queue
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,10 @@ from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import delayed_scales, make_delayed_scales
 
 
-def sharding_metadata(dp_group: Any) -> dict[str, Any]:
-    """Return the options of core's sharded_state_dict functions: layers differ (layer 0 has no norm)."""
-    return {
-        "non_homogeneous_layers": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": dp_group,
-    }
-
-
-def model_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+def model_state(chunks: Sequence[Any], dp_group: Any) -> dict[str, Any]:
     """Return the sharded tensors of this rank's model chunks, keyed `model0`, `model1`, ... for loading back."""
+    # layers differ: layer 0 has no norm
+    metadata = {"non_homogeneous_layers": True, "singleton_local_shards": False, "dp_cp_group": dp_group}
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
     for tensors in state.values():
         for key in [key for key in tensors if key.endswith("_extra_state")]:
@@ -78,11 +71,6 @@ class _Planning(TorchDistSaveShardedStrategy):
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
         self.planned = writer, planned[1]
         return AsyncRequest(None, (), [])
-
-
-def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """Return the addresses of the tensors' storages."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict[str, Any]:

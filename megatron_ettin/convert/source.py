@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve, verify
-from megatron_ettin.checkpoint.integrity import check_nothing_else
+from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve
+from megatron_ettin.checkpoint.integrity import check_nothing_else, verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.tables import EXPORTED, OBJECTIVES, ROW_OBJECTIVES

@@ -13,14 +13,8 @@ from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, printable
-from megatron_ettin.checkpoint.directory import (
-    list_checkpoints,
-    read_config,
-    read_progress,
-    total_bytes,
-    verify as verify_checkpoint,
-)
-from megatron_ettin.checkpoint.integrity import check_nothing_else
+from megatron_ettin.checkpoint.directory import list_checkpoints, read_config, read_progress, total_bytes
+from megatron_ettin.checkpoint.integrity import check_nothing_else, verify as verify_checkpoint
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics

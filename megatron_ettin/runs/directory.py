@@ -11,7 +11,6 @@ module imports neither torch nor numpy nor OmegaConf; functions that need them i
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
@@ -21,8 +20,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_lines, read_json_object
-from megatron_ettin.base.paths import Links, path_in
-from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, read_stored_config, step_of
+from megatron_ettin.checkpoint.directory import (
+    list_checkpoints,
+    named_latest,
+    read_progress,
+    read_stored_config,
+    step_of,
+)
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE, read_last_metrics, read_metrics
 
@@ -242,13 +246,7 @@ class RunDirectory:
     @property
     def newest_checkpoint(self) -> Path | None:
         """Return the checkpoint that `latest` names, from which the run resumes; it may be damaged."""
-        folder = self.path / "checkpoints"
-        try:
-            name = (folder / "latest").read_text(encoding="utf-8").strip()
-            path = path_in(folder, name, "latest", links=Links.UNCHECKED)
-            return path if re.fullmatch(r"step_\d{9,18}", name, re.ASCII) and path.is_dir() else None
-        except (OSError, ValueError, UserError):
-            return None
+        return named_latest(self.path, warn=lambda reason: None)
 
     @property
     def saved_skips(self) -> tuple[int, int] | None:

@@ -36,8 +36,8 @@ from megatron_ettin.checkpoint.directory import (
     read_config,
     resolve,
     step_of,
-    verify,
 )
+from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.config.key_names import current_name, nearest_key
 from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.config.resolve import to_yaml

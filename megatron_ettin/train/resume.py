@@ -284,12 +284,12 @@ def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: boo
 
 
 def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
-    metadata, scales = state.sharding_metadata(train_state.layout.dp_group), {}
+    scales: dict[str, Any] = {}
     change = moment_change(checkpoint, train_state.config.optim) if with_optimizer else MomentChange(kept=False)
     starts_fresh = with_optimizer and not change.kept
     with_optimizer = change.kept
     with train_state.summon_full_params(writing=True):
-        model, optimizer = state.model_state(train_state.model_chunks, metadata), None
+        model, optimizer = state.model_state(train_state.model_chunks, train_state.layout.dp_group), None
         if with_optimizer:
             assert train_state.optimizer is not None
             optimizer = train_state.optimizer.sharded_state(model, True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.files import write_atomically
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.checkpoint import directory, state
 from megatron_ettin.checkpoint.writer import NotWrittenError, Plan
 from megatron_ettin.config.resolve import to_yaml
@@ -170,9 +171,8 @@ class Saver:
     def _planned(self, request: SaveRequest, staging: Path, copies: bool) -> Plan:
         """Return what this rank writes, in memory that nothing else writes to. Collective."""
         train_state = self.train_state
-        metadata = state.sharding_metadata(train_state.layout.dp_group)
         with train_state.summon_full_params():
-            model, optimizer = state.model_state(train_state.model_chunks, metadata), None
+            model, optimizer = state.model_state(train_state.model_chunks, train_state.layout.dp_group), None
             if not request.milestone:
                 assert train_state.optimizer is not None
                 optimizer = train_state.optimizer.sharded_state(model, False)
@@ -191,10 +191,11 @@ class Saver:
         return plan
 
     def _live(self, model: dict[str, Any]) -> set[int]:
-        """Return the storages in which training goes on."""
+        """Return the addresses of the storages in which training goes on."""
         weights = [raw_data(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
-        return state.storages([*weights, *scales, *self.train_state.live_optimizer_tensors()])
+        tensors = [*weights, *scales, *self.train_state.live_optimizer_tensors()]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def _write(self, request: SaveRequest, plan: Plan) -> None:
         """Write in a rank's thread; rank 0's thread publishes and sets the result."""
@@ -207,10 +208,22 @@ class Saver:
                 self._give_up(request, plan, str(error))
             except OSError as error:
                 self._give_up(request, plan, f"{error.filename or plan.folder}: {error.strerror or error}")
+            else:
+                if not request.milestone:
+                    self._prune()
 
     def _give_up(self, request: SaveRequest, plan: Plan, why: str) -> None:
         shutil.rmtree(plan.folder, ignore_errors=True)
         self.result = SaveResult(request, None, why)
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that `checkpoint.keep` leaves out, and warn of one that cannot be removed."""
+        try:
+            directory.prune(self.run_dir, self.train_state.config.checkpoint.keep)
+        # the new checkpoint is published all the same
+        except OSError as error:
+            named = error.filename or self.run_dir
+            log_warning(f"warning: {named}: an old checkpoint cannot be removed ({error.strerror or error})")
 
     def _publish(self, request: SaveRequest, plan: Plan) -> Path:
         known = plan.finish(lambda: time.monotonic() > self._until)
@@ -228,7 +241,6 @@ class Saver:
             directory.seal_and_rename(staging, final, known)
         else:
             directory.publish(staging, final, known)
-            directory.prune(self.run_dir, config.checkpoint.keep)
         return final
 
 
@@ -237,6 +249,9 @@ class Retry:
     """Time of the next try after a failed save, by rank 0's clock; the other ranks learn of it with a step's totals."""
 
     seconds: float
+    """Seconds from the first failure to the next try."""
+    wait_seconds: float = 0.0
+    """Seconds from the latest failure to the next try."""
     failures: int = 0
     due: float | None = None
 
@@ -245,7 +260,8 @@ class Retry:
         if result.path is not None:
             self.failures, self.due = 0, None
             return
-        self.due = time.monotonic() + self.seconds * 2 ** min(self.failures, 4)
+        self.wait_seconds = self.seconds * 2 ** min(self.failures, 4)
+        self.due = time.monotonic() + self.wait_seconds
         self.failures += 1
 
     @property

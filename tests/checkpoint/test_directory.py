@@ -28,8 +28,8 @@ from megatron_ettin.checkpoint.directory import (
     resolve,
     step_name,
     tidy,
-    verify,
 )
+from megatron_ettin.checkpoint.integrity import verify
 from tests.checkpoint.durable import watched
 
 
@@ -143,13 +143,22 @@ def harm_latest(run, how):
     path = checkpoints_folder(run) / "latest"
     if how == "missing":
         path.unlink()
+    elif how == "unreadable":
+        path.unlink()
+        path.mkdir()
     else:
         path.write_bytes(
-            {"empty": b"", "torn": b"step_0000", "binary": b"\xff\x00", "dangling": b"step_000000099\n"}[how]
+            {
+                "empty": b"",
+                "torn": b"step_0000",
+                "binary": b"\xff\x00",
+                "dangling": b"step_000000099\n",
+                "long": b"step_" + b"9" * 300,
+            }[how]
         )
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "torn", "binary", "dangling"])
+@pytest.mark.parametrize("how", ["missing", "empty", "torn", "binary", "dangling", "long", "unreadable"])
 def test_latest_damaged_or_missing_pointer_falls_back_to_newest(tmp_path, capsys, how):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ettin.checkpoint.directory import list_checkpoints, verify
+from megatron_ettin.checkpoint.directory import list_checkpoints
+from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.checkpoint.writer import remove_leftovers, staging_folder
 from megatron_ettin.cli.main import main

@@ -30,8 +30,7 @@ def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     if env.rank == 0:
         staging.mkdir()
     barrier()
-    metadata = state.sharding_metadata(train_state.layout.dp_group)
-    model = state.model_state(train_state.model_chunks, metadata)
+    model = state.model_state(train_state.model_chunks, train_state.layout.dp_group)
     plan = state.plan_state(staging, model, None, dataclasses.asdict(progress))
     plan.write()
     barrier()

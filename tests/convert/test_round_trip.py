@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from megatron_ettin.checkpoint.directory import read_config, read_progress, verify
+from megatron_ettin.checkpoint.directory import read_config, read_progress
+from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import ExportOptions, to_hf

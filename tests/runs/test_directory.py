@@ -88,7 +88,7 @@ def test_settings_of_an_unreadable_config_are_refused_by_its_path(run: Path) -> 
         RunDirectory(run).setting("run", "size")
 
 
-@pytest.mark.parametrize("name", ["step_000000003", "../other", "step_2", ""])
+@pytest.mark.parametrize("name", ["step_000000003", "../other", "step_2", "step_" + "9" * 300, ""])
 def test_newest_checkpoint_is_none_where_latest_names_none(run: Path, name: str) -> None:
     (run / "checkpoints" / "step_000000002").mkdir(parents=True)
     assert RunDirectory(run).newest_checkpoint is None

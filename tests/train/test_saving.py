@@ -19,7 +19,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name, verify
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name
+from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
 from tests import forkserver
@@ -172,12 +173,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_save_on_full_disk_is_reported_and_retried(pool: Pool, corpus: Path, small_disk: Path) -> None:
     """Training continues, and the save succeeds once there is room again."""
     overrides = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
+    overrides.append("checkpoint.weights_every_tokens=1000")
     results = pool.run(2, command(small_disk / "run", corpus, "mlm", overrides), "room_after_step_8")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
     output = results[0].output + results[1].output
     assert "warning: step_000000003 could not be saved (" in output
     assert "MiB free, a checkpoint takes some" in output
     assert "there is none before it; tried again in 0.01 s" in output
+    assert "there is none before it; weights alone are not tried again" in output
     steps = [int(path.name[5:]) for path in list_checkpoints(small_disk / "run")]
     assert steps
     assert steps[0] in (8, 9, 10)
@@ -262,6 +265,24 @@ def test_save_failure_with_on_failure_stop_ends_the_run(pool: Pool, corpus: Path
     assert "the run stops (checkpoint.on_failure)" in output
     assert "Traceback" not in output
     assert read(small_disk / "run").column("step")[-1] == 4
+
+
+def test_save_whose_pruning_fails_is_published_with_a_warning(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting wants root")
+    train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=1"])
+    oldest = tmp_path / "checkpoints" / step_name(1)
+    # a place where something is mounted cannot be renamed
+    subprocess.run(["mount", "--bind", oldest, oldest], check=True)
+    try:
+        overrides = ["run.steps=3", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.on_failure=stop"]
+        (result,) = pool.run(1, command(tmp_path, corpus, "mlm", overrides))
+    finally:
+        subprocess.run(["umount", "-l", oldest], check=True)
+    assert result.status == 0, result.output[-2000:]
+    assert f"warning: {oldest}: an old checkpoint cannot be removed (Device or resource busy)" in result.output
+    assert "could not be saved" not in result.output
+    assert latest(tmp_path, checksums=True) == tmp_path / "checkpoints" / step_name(3)
 
 
 def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, corpus: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from chaos_parts.tracing import Call, Cut
 from chaos_parts.zygote import Zygote
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint import directory
-from megatron_ettin.checkpoint.directory import checkpoints_folder, latest, step_name, verify
+from megatron_ettin.checkpoint.directory import checkpoints_folder, latest, step_name
+from megatron_ettin.checkpoint.integrity import verify
 from tests.pool import mutated
 
 LIMIT_SECONDS = 120.0

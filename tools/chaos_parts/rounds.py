@@ -20,7 +20,8 @@ from chaos_parts.launch import Launch, RankHost
 from chaos_parts.specimen import LAYOUTS, STEPS, corpus_in, train_arguments
 from chaos_parts.zygote import Zygote
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint.directory import latest, read_progress, verify
+from megatron_ettin.checkpoint.directory import latest, read_progress
+from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 
 # without a step, on a host that is busy with other work

@@ -23,7 +23,7 @@ class Checkpoints(Hook):
 
     def start(self, run: Run) -> None:
         """Set up the saver; it is closed when the run ends, however it ends."""
-        self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
+        self.begun_tokens = run.progress.tokens
         self.begun_at = time.monotonic()
         self.saved_step: int | None = run.progress.step or None
         self.is_due = self.milestone_is_due = False
@@ -102,7 +102,7 @@ class Checkpoints(Hook):
         run.heartbeat.enter("saving weights" if request.milestone else "saving a checkpoint")
         if not request.milestone:
             self.begun_at = time.monotonic()
-            self.begun_step, self.begun_tokens = request.progress.step, request.progress.tokens
+            self.begun_tokens = request.progress.tokens
             self.retry.due, run.signal = None, ControlSignal.NONE
         self.saver.begin(request)
         run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
@@ -130,8 +130,12 @@ class Checkpoints(Hook):
             self.retry.after(result)
         if path is None and run.is_main_process:
             stops = run.config.checkpoint.on_failure == "stop"
-            seconds = run.config.checkpoint.retry_seconds * 2 ** min(self.retry.failures - 1, 4)
-            then = "the run stops (checkpoint.on_failure)" if stops else f"tried again in {seconds:g} s"
+            if stops:
+                then = "the run stops (checkpoint.on_failure)"
+            elif result.request.milestone:
+                then = "weights alone are not tried again"
+            else:
+                then = f"tried again in {self.retry.wait_seconds:g} s"
             self.failure = failure_line(result, self.saved_step, then)
             if stops:
                 run.signal = ControlSignal.SAVE_FAILED
