@@ -152,6 +152,21 @@ def replayed_on_a_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def replayed_on_a_cpu_with_a_metric() -> Iterator[None]:
+    """Add a metric of the losses where the documentation says, in a run that replays."""
+    from megatron_ettin.train import step
+
+    real = step.add_losses
+
+    def add_losses(totals, losses):
+        real(totals, losses)
+        totals.add("summed_loss", None if losses is None else losses.double().sum())
+
+    with replayed_on_a_cpu(), mock.patch.object(step, "add_losses", add_losses):
+        yield
+
+
+@contextlib.contextmanager
 def slow_saves_and_evaluations() -> Iterator[None]:
     """Make each save and evaluation take longer than a step may."""
     from megatron_ettin.train import saving

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,78 +21,64 @@ from megatron_ettin.config.layouts import max_chunks_per_row
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.dropout import layer_keys
+from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.compile import CapturedGraph, Tensors
 from megatron_ettin.platform.device import to_device
-from megatron_ettin.train.totals import StepTotals, loss_and_labels
 
 # room for masked tokens above their mean, in standard deviations
 DEVIATIONS = 6
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """Shapes of a captured micro-batch."""
-
-    labels: int
-    """Labels in this rank's slices."""
-    boundaries: int
-    """Boundaries of chunks in whole rows."""
-
-    @classmethod
-    def of(cls, config: Config, tokens: int) -> Capacity:
-        """Return the capacity for micro-batches of which this rank has `tokens` tokens."""
-        chance = 1.0 if config.causal else config.data.mlm_probability
-        labels = tokens * chance + DEVIATIONS * math.sqrt(tokens * chance * (1 - chance))
-        rows = config.batch.micro_batch_rows
-        # each row may end with padding, which is a chunk too
-        return cls(min(tokens, math.ceil(labels / 64) * 64), rows * (max_chunks_per_row(config.data) + 1) + 1)
+def label_capacity(config: Config, tokens: int) -> int:
+    """Return the number of labels that a captured micro-batch of `tokens` tokens on this rank has room for."""
+    chance = 1.0 if config.causal else config.data.mlm_probability
+    labels = tokens * chance + DEVIATIONS * math.sqrt(tokens * chance * (1 - chance))
+    return min(tokens, math.ceil(labels / 64) * 64)
 
 
 class GraphedStep:
-    """Core's forward_step_func for a rank whose micro-batches are replayed; the main process reports misfits."""
+    """Replays the micro-batches of this rank; the main process reports the first that does not fit."""
 
-    def __init__(self, config: Config, layers: int, tokens: int, is_main_process: bool) -> None:
-        self.capacity, self.layers, self.is_main_process = Capacity.of(config, tokens), layers, is_main_process
-        self.config = config
+    def __init__(self, config: Config, tokens: int, is_main_process: bool) -> None:
+        self.labels = label_capacity(config, tokens)
+        self.chunks_per_row = max_chunks_per_row(config.data)
+        # each row may end with padding, which is a chunk too
+        self.boundaries = config.batch.micro_batch_rows * (self.chunks_per_row + 1) + 1
+        self.layers, self.is_main_process = config.model.num_layers, is_main_process
         self.graph: CapturedGraph | None = None
         self.keys = functools.lru_cache(maxsize=1)(layer_keys)
 
-    def __call__(
-        self, totals: StepTotals, ordinary: Callable[..., tuple[Any, Any]], batches: Iterator[MicroBatch], model: Any
-    ) -> tuple[Any, Any]:
-        """Replay one micro-batch and add its losses to `totals`; `ordinary` runs one that does not fit."""
-        batch = next(batches)
-        if not self.fits(batch):
-            return ordinary(iter([batch]), model)
+    def replay(self, batch: MicroBatch, model: Any) -> LossOutput:
+        """Run forward and backward of a micro-batch that fits, and return its losses, which the next call overwrites.
+
+        The gradients are made already. Core's schedule calls backward on the total, which leads to none.
+        """
         if self.graph is None:
             self.graph = CapturedGraph(functools.partial(forward_and_backward, model, batch.packed))
-        (loss,) = self.graph(self.inputs(batch))
-        # the gradients are made already: core's schedule is given a loss that leads to none
-        done = torch.zeros((), device=loss.device, requires_grad=True).clone()
+        losses, correct = self.graph(self.inputs(batch))
+        done = torch.zeros((), device=losses.device, requires_grad=True).clone()
         labels = batch.labels.numel()
-        totals.add("loss", loss.clone())
-        totals.add("labels", labels)
-        return done, functools.partial(loss_and_labels, labels)
+        return LossOutput(done, losses[:labels], correct[:labels])
 
     def fits(self, batch: MicroBatch) -> bool:
         """Return whether a micro-batch has room in the captured one; the first that has none is logged."""
         labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
-        fits = labels <= self.capacity.labels and boundaries <= self.capacity.boundaries
+        fits = labels <= self.labels and boundaries <= self.boundaries
         if not fits and self.is_main_process:
             self.is_main_process = False
             log_info(
                 f"runtime.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
-                f" captured one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
-                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config.data)}"
+                f" captured one ({self.boundaries - 1}, {self.labels}) and runs without, as others"
+                f" like it will; data.max_chunks_per_row is {self.chunks_per_row}"
             )
         return fits
 
     def inputs(self, batch: MicroBatch) -> Tensors:
         """Return the tensors that differ between micro-batches, in fixed shapes."""
         packed, tokens = batch.packed, len(batch.packed.segments)
-        missing = self.capacity.labels - batch.labels.numel()
-        boundaries = self.capacity.boundaries - packed.cu_seqlens_q.numel()
+        missing = self.labels - batch.labels.numel()
+        boundaries = self.boundaries - packed.cu_seqlens_q.numel()
         return [
             batch.input_ids,
             pad(batch.labels, (0, missing), value=IGNORE),
@@ -108,7 +92,7 @@ class GraphedStep:
 
 
 def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tensors:
-    """Run one micro-batch, add its gradients to core's buffers, and return the sum of its losses, float64.
+    """Run one micro-batch, add its gradients to core's buffers, and return `losses` and `correct` of its `LossOutput`.
 
     Args:
         model: the model chunk.
@@ -131,6 +115,6 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
         layer_keys=keys,
         causal_tokens=like.causal_tokens,
     )
-    total, losses, _ = model(input_ids, packed, labels, label_positions)
+    total, losses, correct = model(input_ids, packed, labels, label_positions)
     total.backward()
-    return [losses.double().sum()]
+    return [losses, correct]

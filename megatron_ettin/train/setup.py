@@ -149,7 +149,7 @@ def setup_training(
     if config.runtime.cuda_graph:
         platform.check_graph(True, chunks[0].config.backend.attention.name)
         tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
-        graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
+        graphed = GraphedStep(config, tokens, layout.rank == 0)
     return TrainState(config, platform, layout, chunks, wrapped, optimizer, graphed)
 
 

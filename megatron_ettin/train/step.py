@@ -18,15 +18,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.batching.batches import Batches, MicroBatch
 from megatron_ettin.config.flops import training_flops
-from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import trace_range
+from megatron_ettin.train.graphed_step import GraphedStep
 from megatron_ettin.train.progress import ControlSignal, StepResult
 from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.totals import STEP_SLOTS, StepTotals, loss_and_labels
+from megatron_ettin.train.totals import STEP_SLOTS, StepTotals
 
 
 def train_step(
@@ -45,7 +45,7 @@ def train_step(
         batches: micro-batches of the run.
         lr: learning rate of the step.
         detector: detector that may skip the update because of the loss or gradient norm; None makes every update.
-        signal: rank 0's signal to all ranks.
+        signal: this rank's signal. STOP counts from any rank, the others from rank 0 only.
 
     Raises:
         RankError: the data cannot be read.
@@ -129,10 +129,10 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
     rest = counted()
     first = next(rest)
     in_order = itertools.chain((first,), rest)
-    factor_of = functools.partial(normalising_factor, train_state.config, count)
-    forward = functools.partial(forward_step, totals, counts_losses, factor_of)
-    if training and train_state.graphed is not None:
-        forward = functools.partial(train_state.graphed, totals if counts_losses else StepTotals(), forward)
+    config = train_state.config
+    factor_of = functools.partial(normalising_factor, config.batch.loss_normalization, config.parallel.engine, count)
+    graphed = train_state.graphed if training else None
+    forward = functools.partial(forward_step, totals, counts_losses, factor_of, graphed)
     run = train_state.optimizer.schedule() if training and train_state.optimizer else get_forward_backward_func()
     with contextlib.nullcontext() if training else preserve_fp8_state(train_state.model_chunks):
         run(
@@ -149,43 +149,49 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
     return totals
 
 
-def normalising_factor(config: Config, micro_batches: int, labels: int) -> float:
+def normalising_factor(loss_normalization: str, engine: str, micro_batches: int, labels: int) -> float:
     """Return the factor by which core, or DeepSpeed's engine, multiplies a micro-batch's sum of losses before backward.
 
     Under `global` it is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers.
 
     Args:
-        config: configuration of the run.
+        loss_normalization: `batch.loss_normalization`.
+        engine: `parallel.engine`.
         micro_batches: number of micro-batches of this rank in the step.
         labels: number of labels of the micro-batch.
     """
-    if config.batch.loss_normalization == "global":
+    if loss_normalization == "global":
         return 1.0
     # DeepSpeed's loss scale holds the number of micro-batches already
-    return 1 / (max(labels, 1) * (1 if config.parallel.engine == "deepspeed" else micro_batches))
+    return 1 / (max(labels, 1) * (1 if engine == "deepspeed" else micro_batches))
 
 
 def forward_step(
     totals: StepTotals,
     counts_losses: bool,
     factor_of: Callable[[int], float],
+    graphed: GraphedStep | None,
     batches: Iterator[MicroBatch],
     model: Any,
 ) -> tuple[Any, Any]:
     """Run one micro-batch, add its losses to the totals, and return its output and the loss function for core.
 
-    Bind the first three arguments to get core's forward_step_func.
+    Bind the first four arguments to get core's forward_step_func.
 
     Args:
         totals: totals of the step.
         counts_losses: whether this rank counts the losses.
         factor_of: function from a number of labels to the factor by which core later multiplies their losses.
+        graphed: what replays the micro-batches that fit; None where nothing is captured.
         batches: micro-batches; the next one is run.
         model: the model chunk.
     """
     batch = next(batches)
     labels = len(batch.labels)
-    output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(labels))
+    if graphed is not None and graphed.fits(batch):
+        output = graphed.replay(batch, model)
+    else:
+        output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(labels))
     is_loss = isinstance(output, LossOutput)
     add_losses(totals, output.losses if is_loss and counts_losses else None)
     # a stage that is not the last returns hidden states for the next stage
@@ -205,12 +211,21 @@ def forward_step(
 def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
     """Add the losses of one micro-batch to the totals. Add a line here for a new metric of the losses.
 
+    It is called for every micro-batch, replayed or not.
+
     Args:
         totals: totals of the step.
         losses: losses [n] of the labels; None on a rank that does not count them, which only creates the slots.
     """
     totals.add("loss", None if losses is None else losses.double().sum())
     totals.add("labels", None if losses is None else len(losses))
+
+
+def loss_and_labels(
+    labels: int, total: torch.Tensor, non_loss_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return (sum of losses, number of labels, nothing to report), as core's loss function does."""
+    return total, torch.full((), labels, dtype=torch.int32, device=total.device), {}
 
 
 def loss_by_objective(name: str, sums: Mapping[str, float]) -> dict[str, Any]:

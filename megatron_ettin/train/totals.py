@@ -80,10 +80,3 @@ class StepTotals:
 def count_of(name: str) -> str:
     """Return the name of the slot that counts the values of a total that is a mean."""
     return f"count of {name}"
-
-
-def loss_and_labels(
-    labels: int, total: torch.Tensor, non_loss_data: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return (sum of losses, number of labels, nothing to report), as core's loss function does."""
-    return total, torch.full((), labels, dtype=torch.int32, device=total.device), {}

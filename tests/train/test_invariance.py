@@ -253,7 +253,10 @@ def test_train_with_cuda_graph_shapes_on_cpu_matches_one_process(
 def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
     pool: Pool, corpus: Path, tmp_path: Path, reference
 ) -> None:
-    """Rows of more chunks than data.max_chunks_per_row are computed without the graph, and this is logged once."""
+    """Rows of more chunks than data.max_chunks_per_row are computed without the graph, and this is logged once.
+
+    A metric of the losses counts both kinds of rows.
+    """
     option = DROPOUT
     objective, choice = OPTIONS[option]
     overrides = [
@@ -263,10 +266,13 @@ def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
         "data.max_chunks_per_row=1",
         "batch.micro_batch_rows=1",
     ]
-    (result,) = pool.run(1, command(tmp_path, corpus, objective, overrides), "replayed_on_a_cpu")
+    (result,) = pool.run(1, command(tmp_path, corpus, objective, overrides), "replayed_on_a_cpu_with_a_metric")
     assert result.status == 0, result.output[-3000:]
     assert result.output.count("replaying") == result.output.count("has no room in a captured one") == 1
-    assert equal(read(tmp_path), reference(option)), difference(read(tmp_path), reference(option))
+    actual = read(tmp_path)
+    assert equal(actual, reference(option)), difference(actual, reference(option))
+    sums = [loss * labels for loss, labels in zip(actual.column("loss"), actual.column("labels"), strict=True)]
+    assert actual.column("summed_loss") == pytest.approx(sums)
 
 
 @pytest.mark.parametrize("layout", tiered(["dp2", "dp2 distributed optimizer"], first=["dp2 distributed optimizer"]))
