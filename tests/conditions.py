@@ -39,15 +39,16 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 @contextlib.contextmanager
 def late_updates_are_printed() -> Iterator[None]:
     """Print a line for each update that waited for the verdict on its step's figures."""
-    from megatron_ettin.faults.heartbeat import StepTimer
+    from megatron_ettin.faults.heartbeat import LATE_UPDATE, Heartbeat
 
-    late_update = StepTimer.late_update
+    set_phase = Heartbeat.set_phase
 
-    def logged(self):
-        print("updated after its figures were judged")
-        late_update(self)
+    def logged(self, doing):
+        if doing == LATE_UPDATE:
+            print("updated after its figures were judged")
+        set_phase(self, doing)
 
-    with mock.patch.object(StepTimer, "late_update", logged):
+    with mock.patch.object(Heartbeat, "set_phase", logged):
         yield
 
 

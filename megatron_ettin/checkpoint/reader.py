@@ -212,11 +212,6 @@ class CheckpointReader:
         entries = self._metadata.state_dict_metadata
         return sorted(key for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata))
 
-    def byte_entries(self) -> list[str]:
-        """Return the names of pickled objects, which are never read."""
-        entries = self._metadata.state_dict_metadata
-        return sorted(key for key, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
-
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(key)
         if entry is None:
@@ -249,8 +244,6 @@ class CheckpointReader:
     def _chunk(self, key: str, entry: TensorStorageMetadata, number: int) -> torch.Tensor:
         chunk = entry.chunks[number]
         index = MetadataIndex(key, chunk.offsets)
-        if index not in self._metadata.storage_data:
-            raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is stored nowhere")
         tensor = self._reader.read_chunk(index)
         file = file_in(self.path, self._metadata.storage_data[index].relative_path)
         dtype = entry.properties.dtype
@@ -299,18 +292,6 @@ def _cause(failure: CheckpointException, folder: Any) -> UserError:
     return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {first_line(error)[:300]}")
 
 
-@contextlib.contextmanager
-def _swapped(module: Any, **names: Any) -> Iterator[None]:
-    kept = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
-
-
 def load_strategy() -> Any:
     """Return core's sharded load strategy on the safe reader and planner, for dist_checkpointing.load."""
     # imported here because it takes seconds, and converting and inspecting do not need it
@@ -320,27 +301,18 @@ def load_strategy() -> Any:
         def load_bytes(self, read_item: Any, value: Any) -> None:
             raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object, not a tensor")
 
-    def reader(path: str | os.PathLike[str], cache_metadata: bool = False) -> SafeReader:
-        return SafeReader(path)
-
     class SafeLoadStrategy(core.TorchDistLoadShardedStrategy):
         def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-            one = SafeReader(checkpoint_dir)
-            swapped = _swapped(core, _get_filesystem_reader=lambda *_, **__: one, MCoreLoadPlanner=SafePlanner)
+            reader = SafeReader(checkpoint_dir)
+            kept = core._get_filesystem_reader, core.MCoreLoadPlanner
+            core._get_filesystem_reader, core.MCoreLoadPlanner = (lambda *_, **__: reader), SafePlanner
             try:
-                with swapped:
-                    return super().load(sharded_state_dict, checkpoint_dir)
+                return super().load(sharded_state_dict, checkpoint_dir)
             # core raises this on every rank, with the errors of the failing ranks inside
             except CheckpointException as failure:
-                raise one.refusal or _cause(failure, checkpoint_dir) from failure
-
-        def load_tensors_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with _swapped(core, _get_filesystem_reader=reader):
-                return super().load_tensors_metadata(*args, **kwargs)
-
-        def load_sharded_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with _swapped(core, _get_filesystem_reader=reader):
-                return super().load_sharded_metadata(*args, **kwargs)
+                raise reader.refusal or _cause(failure, checkpoint_dir) from failure
+            finally:
+                core._get_filesystem_reader, core.MCoreLoadPlanner = kept
 
     return SafeLoadStrategy()
 

@@ -108,32 +108,16 @@ class StepTimer:
 
     def reading(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yield the micro-batches, and report whether the rank waits for data or computes."""
-        items = iter(batches)
-        while True:
-            self.heartbeat.set_phase(DATA)
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+        self.heartbeat.set_phase(DATA)
+        for batch in batches:
             self.heartbeat.set_phase(COMPUTE)
-            yield item
+            yield batch
+            self.heartbeat.set_phase(DATA)
 
     def arrive(self) -> None:
         """Mark the first sum over all ranks."""
         self.heartbeat.set_phase(REDUCE)
         self._arrived = self.platform.record_event()
-
-    def update(self) -> None:
-        """Enter the update."""
-        self.heartbeat.set_phase(UPDATE)
-
-    def last_sum(self) -> None:
-        """Enter the sum of the step's figures."""
-        self.heartbeat.set_phase(FIGURES)
-
-    def late_update(self) -> None:
-        """Enter the update of a step whose figures were judged before."""
-        self.heartbeat.set_phase(LATE_UPDATE)
 
     def end(self) -> None:
         """End the step, once the device has finished it."""

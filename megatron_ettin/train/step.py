@@ -20,6 +20,7 @@ from megatron_ettin.batching.batches import Batches, MicroBatch
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.faults.anomalies import AnomalyDetector
+from megatron_ettin.faults.heartbeat import FIGURES, LATE_UPDATE, UPDATE
 from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import trace_range
@@ -59,7 +60,7 @@ def train_step(
     micro_batches = timer.reading(batches.step(step))
     with trace_range(train_state.platform, f"forward and backward of step {step + 1}", profiled):
         totals = run_micro_batches(train_state, micro_batches, batches.host.count(step), training=True)
-    timer.update()
+    timer.heartbeat.set_phase(UPDATE)
     with trace_range(train_state.platform, "gradients", profiled):
         optimizer.prepare()
     judged_first = detector is not None and detector.skips
@@ -67,7 +68,7 @@ def train_step(
     if not judged_first:
         with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
-    timer.last_sum()
+    timer.heartbeat.set_phase(FIGURES)
     totals.add("stop", float(signal is ControlSignal.STOP))
     totals.add("signal", float(signal), reduce="rank_zero")
     totals.add("grad_norm", optimizer.norm(), reduce="rank_zero")
@@ -76,7 +77,7 @@ def train_step(
     anomaly = None if detector is None else detector.judge(loss, sums["grad_norm"])
     left_out = judged_first and anomaly is not None and anomaly.leaves_out
     if judged_first and not left_out:
-        timer.late_update()
+        timer.heartbeat.set_phase(LATE_UPDATE)
         with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
     timer.end()
