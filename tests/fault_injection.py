@@ -89,9 +89,9 @@ def flipped_tied_weight_on_last_stage() -> Iterator[None]:
 @contextlib.contextmanager
 def unsound_layer_on_rank_1() -> Iterator[None]:
     """Have rank 1's second layer compute something else each time when a step is replayed."""
-    from megatron_ettin.faults import sdc
+    from megatron_ettin.faults import consistency
 
-    real, passes = sdc.digests, 0
+    real, passes = consistency.digests, 0
 
     def digests(train_state, *arguments):
         nonlocal passes
@@ -105,7 +105,7 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] == "1":
-            stack.enter_context(mock.patch.object(sdc, "digests", digests))
+            stack.enter_context(mock.patch.object(consistency, "digests", digests))
         yield
 
 

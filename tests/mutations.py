@@ -258,7 +258,8 @@ FAULTS: dict[str, str] = {
     "flipped_weight_on_rank_1": "tests/faults/test_consistency.py::test_replica_check_names_rank_with_flipped_weight",
     "flipped_tied_weight_on_last_stage": "tests/faults/test_consistency.py"
     "::test_replica_check_compares_both_copies_of_tied_embedding",
-    "unsound_layer_on_rank_1": "tests/faults/test_sdc.py::test_replay_check_names_rank_with_irreproducible_output",
+    "unsound_layer_on_rank_1": "tests/faults/test_consistency.py"
+    "::test_replay_check_names_rank_with_irreproducible_output",
     "reading_stops_on_rank_1": "tests/faults/test_watchdog.py::test_watchdog_rank_stuck_reading_data_is_named",
     "c_code_on_rank_1": "tests/faults/test_watchdog.py::test_watchdog_rank_stuck_in_c_code_is_named",
     "slow_rank_1": "tests/faults/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",

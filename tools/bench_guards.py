@@ -38,8 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     from megatron_ettin.config.operations import ResilienceConfig
     from megatron_ettin.faults.anomalies import AnomalyDetector
-    from megatron_ettin.faults.consistency import weight_bit_sums
-    from megatron_ettin.faults.sdc import replay_check
+    from megatron_ettin.faults.consistency import replay_check, weight_bit_sums
     from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.step import train_step
 

@@ -1,16 +1,22 @@
-"""Check that ranks agree: on code, configuration and data before the first step, on weights while training.
+"""Check that ranks agree on code, configuration, data and weights, and that a step gives the same bits again.
 
 A node with an older checkout, another dataset under the same path or a clock that is off would train on silently, and
 the run would be lost. So would a flipped bit in the weights of one data-parallel replica: which replica is saved is
 chance. Each check names the rank that differs and its host.
+
+A step whose figures are anomalous can be replayed, to tell silent data corruption from a bad batch: the same inputs and
+weights give the same bits on a device that is sound.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +26,7 @@ import megatron_ettin
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
+from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
@@ -30,9 +37,14 @@ from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import StepResult
 from megatron_ettin.train.setup import TrainState
+from megatron_ettin.train.step import run_micro_batches
 
 # pp, tp, dp, cp rank
 MeshCoord = tuple[int, int, int, int]
+# micro-batch, layer (from 0, of the whole model), sum of the bits of its output
+Digest = tuple[int, int, int]
+# micro-batch, layer
+Difference = tuple[int, int]
 # the tied embedding on the first stage, and its copy on the last
 TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -138,3 +150,58 @@ def sum_of_bits(tensor: torch.Tensor) -> int:
     """Return the sum of all elements' bit patterns as integers, modulo 2**64."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))
+
+
+class SilentDataCorruptionError(RuntimeError):
+    """A rank computed other bits from the same inputs."""
+
+
+def replay_check(train_state: TrainState, batches: Batches, step: int) -> str:
+    """Run the forward pass of `step` (from 0) twice and return a line, the same on every rank (collective).
+
+    Raises SilentDataCorruptionError naming the ranks whose layer differed first.
+    """
+    first, second = (digests(train_state, batches, step) for _ in range(2))
+    ranks = all_gather_object((socket.gethostname(), first_changed_layer(first, second)))
+    differences = [(where, rank, host) for rank, (host, where) in enumerate(ranks) if where is not None]
+    if not differences:
+        return "computed twice more, all ranks have the same bits: look at the data and the learning rate"
+    # the layers after it have wrong inputs
+    earliest = min(where for where, _, _ in differences)
+    named = {rank: f"rank {rank} on {host}" for where, rank, host in differences if where == earliest}
+    micro_batch, layer = earliest
+    error = SilentDataCorruptionError(
+        f"step {step + 1}, computed twice more: the output of layer {layer} for micro-batch {micro_batch} has other"
+        f" bits the second time on {', '.join(named.values())}; suspect that hardware"
+    )
+    raise_on_all(error, named, train_state.layout.rank)
+
+
+def first_changed_layer(first: list[Digest], second: list[Digest]) -> Difference | None:
+    """Return the first layer whose output differs between two passes; None where all agree."""
+    pairs = zip(first, second, strict=True)
+    return min(((a[0], a[1]) for a, b in pairs if a != b), default=None)
+
+
+def digests(train_state: TrainState, batches: Batches, step: int) -> list[Digest]:
+    """Return the digests of this rank's layers in one forward pass of a step, in order (collective)."""
+    layers: list[Digest] = []
+    train_state.finish_param_sync()
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for chunk in train_state.model_chunks:
+            for layer in chunk.transformer.layers:
+                stack.enter_context(layer.register_forward_hook(_recorder(layers)))
+        count = batches.host.count(step)
+        run_micro_batches(train_state, batches.step(step), count, training=False).read()
+    return layers
+
+
+def _recorder(digests: list[Digest]) -> Callable[[Any, Any, Any], None]:
+    """Return a forward hook for one layer, which adds the digest of each of its outputs."""
+    micro_batches = itertools.count()
+
+    def record(layer: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        digests.append((next(micro_batches), layer.layer_number - 1, sum_of_bits(hidden)))
+
+    return record

@@ -15,11 +15,11 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, step_of
 from megatron_ettin.config.operations import ResilienceConfig
-from megatron_ettin.config.schema import Config
-from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.faults.anomalies import Anomaly
+from megatron_ettin.faults.consistency import replay_check
 from megatron_ettin.metrics import finite
 from megatron_ettin.runs.order_export import write_parquet
+from megatron_ettin.train.hooks.base import Run
 from megatron_ettin.train.progress import Progress, StepResult
 
 FOLDER = "bad_steps"
@@ -33,34 +33,59 @@ class BadNumbersError(TrainingStoppedError):
     """The figures of too many steps were anomalous."""
 
 
-def outcome(settings: ResilienceConfig, info: StepResult, after: Progress) -> str:
+def handle_anomaly(run: Run, info: StepResult, anomaly: Anomaly, after: Progress) -> None:
+    """Report a step with bad figures and, where `resilience.recheck` is set, tell data from hardware (collective).
+
+    Args:
+        run: the run.
+        info: the step.
+        anomaly: what is wrong with it.
+        after: the progress after the step.
+
+    Raises:
+        BadNumbersError: the run is to end. Every rank has the same figures, so that all raise it, before anything of
+            the step is kept.
+    """
+    if run.config.resilience.recheck:
+        run.heartbeat.enter("computing a step again")
+        finding = replay_check(run.train_state, run.batches, info.step - 1)
+        if run.is_main_process:
+            log_warning(f"step {info.step}: {finding}")
+    result = outcome(run.config.resilience, anomaly, after)
+    line = record(run, info, anomaly, after, result) if run.is_main_process else f"step {info.step}: stopped"
+    if result == "stopped":
+        raise BadNumbersError(line)
+    if run.is_main_process:
+        # a spike whose update was made is no alarm
+        log_warning(f"{'note' if result == 'warned' else 'warning'}: {line}")
+    info.extra["bad"] = f"{result}: {anomaly.why}"
+
+
+def outcome(settings: ResilienceConfig, anomaly: Anomaly, after: Progress) -> str:
     """Return what becomes of an anomalous step: "ignored", "warned", "skipped" or "stopped"."""
-    assert info.anomaly is not None
     too_many = after.skipped_in_row > settings.max_skips_in_row
     known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
-    return known.get(info.anomaly.action, "stopped" if too_many else "skipped")
+    return known.get(anomaly.action, "stopped" if too_many else "skipped")
 
 
-def record(
-    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, result: str
-) -> str:
+def record(run: Run, info: StepResult, anomaly: Anomaly, after: Progress, result: str) -> str:
     """Record the step (on one rank) and return the line that reports it."""
-    assert info.anomaly is not None
+    run_dir = run.directory
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
     table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
-    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": result, "why": info.anomaly.why}
+    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": result, "why": anomaly.why}
     entry |= {"loss": finite(info.loss), "grad_norm": finite(info.grad_norm), "lr": info.lr, "rows": list(info.rows)}
     entry |= {"in_row": after.skipped_in_row, "documents": str(table.relative_to(run_dir)), "time": time.time()}
     try:
         table.parent.mkdir(exist_ok=True)
-        write_parquet(table, config, corpus, range(info.step, info.step + 1))
+        write_parquet(table, run.config, run.batches.corpus, range(info.step, info.step + 1))
         with open(run_dir / f"{FOLDER}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         named = f"documents in {table}"
     # a full disk is no reason to end here
     except (OSError, UserError) as error:
         named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
-    return f"step {info.step}: {info.anomaly.why}; {consequence(info.anomaly, after, result)}; {rows}, {named}"
+    return f"step {info.step}: {anomaly.why}; {consequence(anomaly, after, result)}; {rows}, {named}"
 
 
 def consequence(bad: Anomaly, after: Progress, result: str) -> str:
@@ -71,20 +96,6 @@ def consequence(bad: Anomaly, after: Progress, result: str) -> str:
         return "trained on all the same"
     in_row = f" after {after.skipped_in_row} in a row" if bad.action == "skip" and after.skipped_in_row else ""
     return f"the run stops{in_row}. Nothing of this step was saved"
-
-
-def report_anomaly(
-    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
-) -> None:
-    """Record an anomalous step and return, or raise TrainingStoppedError, the same on every rank."""
-    result = outcome(config.resilience, info, after)
-    line = record(run_dir, config, corpus, info, after, result) if is_main_process else f"step {info.step}: stopped"
-    if result == "stopped":
-        raise BadNumbersError(line)
-    if is_main_process:
-        # a spike whose update was made is no alarm
-        log_warning(f"{'note' if result == 'warned' else 'warning'}: {line}")
-    info.extra["bad"] = f"{result}: {info.anomaly.why}" if info.anomaly else result
 
 
 def way_back(run_dir: Path, progress: Progress) -> str:

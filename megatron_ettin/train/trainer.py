@@ -14,8 +14,7 @@ from megatron_ettin.data.local_copy import open_local_copy
 from megatron_ettin.evaluate.evaluation import build_eval_dataset
 from megatron_ettin.faults.consistency import WeightHashCheck, check_ranks_consistent
 from megatron_ettin.faults.heartbeat import Heartbeat, RankInfo
-from megatron_ettin.faults.sdc import replay_check
-from megatron_ettin.faults.skipped_steps import BadNumbersError, TrainingStoppedError, report_anomaly, way_back
+from megatron_ettin.faults.skipped_steps import BadNumbersError, TrainingStoppedError, handle_anomaly, way_back
 from megatron_ettin.faults.stragglers import Stragglers
 from megatron_ettin.faults.watchdog import Watchdog, collective_seconds
 from megatron_ettin.optim.schedule import lr_fraction
@@ -36,7 +35,7 @@ from megatron_ettin.train.hooks.console import Console
 from megatron_ettin.train.hooks.metrics import Evaluation, Metrics
 from megatron_ettin.train.hooks.profiling import GarbageCollection, Profiling
 from megatron_ettin.train.job import TrainJob
-from megatron_ettin.train.progress import ControlSignal, Progress, StepResult
+from megatron_ettin.train.progress import ControlSignal
 from megatron_ettin.train.run_log import complete_line, ending_lines, log_start
 from megatron_ettin.train.setup import setup_training
 from megatron_ettin.train.step import train_step
@@ -177,7 +176,7 @@ class Trainer:
                 result = train_step(train_state, run.batches, lr, detector, signal)
                 progress = run.progress.after(result, detector)
                 if result.anomaly is not None:
-                    after_anomaly(run, result, progress)
+                    handle_anomaly(run, result, result.anomaly, progress)
                 train_state.progress, loss = progress, result.loss
                 run.heartbeat.step(step=result.step, tokens=result.tokens)
                 for hook in hooks:
@@ -195,19 +194,6 @@ class Trainer:
         if self.is_main_process:
             log_info(*ending_lines(settings, run.directory, run.progress, loss))
         return not run.is_done
-
-
-def after_anomaly(run: Run, result: StepResult, progress: Progress) -> None:
-    """Report a step with bad figures and, where `resilience.recheck` is set, tell data from hardware.
-
-    Every rank has the same figures: where the run is to end all of them raise, before anything of the step is kept.
-    """
-    if run.config.resilience.recheck:
-        run.heartbeat.enter("computing a step again")
-        finding = replay_check(run.train_state, run.batches, result.step - 1)
-        if run.is_main_process:
-            log_warning(f"step {result.step}: {finding}")
-    report_anomaly(run.directory, run.config, run.batches.corpus, result, progress, run.is_main_process)
 
 
 def build_hooks(run: Run, peers: Sequence[RankInfo], job: TrainJob) -> list[Hook]:

@@ -1,4 +1,4 @@
-"""Ranks that run other code or hold other weights are named; tests/launch/test_nodes.py does so on real nodes."""
+"""Ranks with other code, weights or computed bits are named; tests/launch/test_nodes.py does so on real nodes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 
 from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
 from megatron_ettin.checkpoint.directory import latest
+from tests.faults.test_skipped_steps import NERVOUS, bad
 from tests.pool import Pool
-from tests.train.runs import command
+from tests.train.runs import command, read
 
 HOSTS = ["n1", "n1", "n2", "n2"]
 
@@ -81,3 +82,17 @@ def test_replica_check_compares_both_copies_of_tied_embedding(pool: Pool, corpus
     results = pool.run(2, command(tmp_path / "flipped", corpus, "mlm", overrides), "flipped_tied_weight_on_last_stage")
     assert [result.status for result in results] == [1, 1]
     assert "other bits of embedding.word_embeddings.weight than" in results[0].output
+
+
+@pytest.mark.ranks
+def test_replay_check_names_rank_with_irreproducible_output(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Healthy ranks reproduce a spike bit for bit; a rank that does not is named."""
+    overrides = ["run.steps=7", "resilience.recheck=true", "parallel.pp=2", *NERVOUS]
+    results = pool.run(2, command(tmp_path / "sound", corpus, "mlm", overrides))
+    assert [result.status for result in results] == [0, 0]
+    assert any("all ranks have the same bits" in result.output for result in results)
+    assert bad(read(tmp_path / "sound"))
+    results = pool.run(2, command(tmp_path / "unsound", corpus, "mlm", overrides), "unsound_layer_on_rank_1")
+    assert [result.status for result in results] == [1, 1]
+    assert "the output of layer 3 for micro-batch 0 has other bits the second time on rank 1 on " in results[1].output
+    assert "another rank failed: " in results[0].output
