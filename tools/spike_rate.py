@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import NORMAL_MAD
-from megatron_ettin.metrics import METRICS_FILE, read_metrics
+from megatron_ettin.metrics.record import METRICS_FILE, read_metrics
 
 # steps judged in one array
 CHUNK_STEPS = 20_000

@@ -17,7 +17,7 @@ from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, ste
 from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import Anomaly
 from megatron_ettin.faults.consistency import replay_check
-from megatron_ettin.metrics import finite
+from megatron_ettin.metrics.record import finite
 from megatron_ettin.runs.order_export import write_parquet
 from megatron_ettin.train.hooks.base import Run
 from megatron_ettin.train.progress import Progress, StepResult

@@ -14,7 +14,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import read_json_lines, read_json_object
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.tables import short_name
-from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.metrics.record import METRICS_FILE
 from megatron_ettin.parallel.failure_report import HEARTBEAT
 from megatron_ettin.runs.directory import CONFIG, RunDirectory, find_runs
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import GUARD_KEYS
-from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.metrics.record import METRICS_FILE
 from megatron_ettin.runs.chain import PhaseChain, join_phases
 from megatron_ettin.runs.directory import RunDirectory
 

@@ -17,7 +17,7 @@ from megatron_ettin.checkpoint.directory import list_checkpoints, read_config, r
 from megatron_ettin.checkpoint.integrity import check_nothing_else, verify as verify_checkpoint
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.tables import long_name, short_name
-from megatron_ettin.metrics import METRICS_FILE, read_metrics
+from megatron_ettin.metrics.record import METRICS_FILE, read_metrics
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
 _RUN_KEYS = ("size", "objective", "phase")

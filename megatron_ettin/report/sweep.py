@@ -14,7 +14,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.plots import Curve, Panel, draw_row
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.overrides import Member
-from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.metrics.record import METRICS_FILE
 from megatron_ettin.runs.chain import final_loss
 from megatron_ettin.runs.directory import RunDirectory
 

@@ -28,7 +28,7 @@ from megatron_ettin.checkpoint.directory import (
     step_of,
 )
 from megatron_ettin.config.tables import short_name
-from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE, read_last_metrics, read_metrics
+from megatron_ettin.metrics.record import METRICS_FILE, ROLLED_BACK_FILE, read_last_metrics, read_metrics
 
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config

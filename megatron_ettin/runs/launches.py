@@ -44,7 +44,7 @@ from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import GUARD_KEYS, BatchConfig, Config, key_types, science_keys
 from megatron_ettin.config.values import parse_skips, row_ranges
 from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
-from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.metrics.record import METRICS_FILE
 from megatron_ettin.runs.directory import CONFIG, HISTORY, ORDER, ROLLED_BACK, RunDirectory, fixes_guard
 
 # folder of the checkpoints that a roll-back moves aside

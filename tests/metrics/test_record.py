@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.metrics import FanOut, JsonlSink, TensorBoardSink, read_metrics
+from megatron_ettin.metrics.record import JsonlSink, read_metrics
+from megatron_ettin.metrics.sinks import FanOut, TensorBoardSink
 
 
 def line(step, **more):
@@ -167,7 +168,7 @@ def test_jsonl_sink_closed_on_full_disk_says_how_many_lines_are_lost(tmp_path, c
 def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     source = (
-        "import sys\nfrom megatron_ettin.metrics import JsonlSink\nsink = JsonlSink(sys.argv[1])\n"
+        "import sys\nfrom megatron_ettin.metrics.record import JsonlSink\nsink = JsonlSink(sys.argv[1])\n"
         "for step in range(10**9):\n    sink.log({'step': step})\n    print(step, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ettin.config.resolve import parse, to_yaml
-from megatron_ettin.metrics import JsonlSink
+from megatron_ettin.metrics.record import JsonlSink
 
 FINGERPRINT = "5f" * 32
 

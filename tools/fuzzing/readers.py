@@ -252,7 +252,7 @@ def make_metrics(folder: Path) -> list[str]:
 
 
 def read_metrics(folder: Path) -> None:
-    from megatron_ettin.metrics import read_metrics as read
+    from megatron_ettin.metrics.record import read_metrics as read
 
     with contextlib.redirect_stderr(io.StringIO()):
         read(folder / "metrics.jsonl")

@@ -13,7 +13,8 @@ from megatron_ettin.base.versions import code_hash, library_versions
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.evaluate.evaluation import EvalDataset, evaluate
-from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
+from megatron_ettin.metrics.record import JsonlSink
+from megatron_ettin.metrics.sinks import FanOut, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
 from megatron_ettin.runs.directory import RunDirectory
 from megatron_ettin.train.hooks.base import Hook, Run
