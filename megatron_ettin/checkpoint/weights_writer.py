@@ -1,6 +1,6 @@
 """Write a weights-only torch_dist checkpoint from one process, one tensor in memory at a time.
 
-Core's own save wants process groups and the whole state at once. The format underneath is plain: torch.save of each
+Core's save needs process groups and all tensors in memory. The format underneath is plain: torch.save of each
 tensor at an offset of a .distcp file, and `.metadata` saying where. Written here directly, it is read by core's
 dist_checkpointing.load at any layout, and an import needs the memory of its largest tensor only.
 """
@@ -49,13 +49,13 @@ def write_weights(
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     file, name = None, ""
-    behind = ThreadPoolExecutor(1, "behind")
+    hash_pool = ThreadPoolExecutor(1, "hash")
     hashed: dict[str, Future[Entry]] = {}
 
     def close() -> None:
         if file is not None:
             file.close()
-            hashed[name] = behind.submit(_forced_and_hashed, staging / name)
+            hashed[name] = hash_pool.submit(_hash_and_fsync, staging / name)
 
     try:
         for key, tensor in tensors:
@@ -73,14 +73,14 @@ def write_weights(
             storage[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
     finally:
         close()
-        behind.shutdown()
+        hash_pool.shutdown()
     _write_metadata(staging, entries, storage)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
     return {name: one.result() for name, one in hashed.items()}
 
 
-def _forced_and_hashed(path: Path) -> Entry:
+def _hash_and_fsync(path: Path) -> Entry:
     entry = integrity_entry(path)
     fsync(path)
     return entry
@@ -91,7 +91,7 @@ def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
 
     The zip's own checksums are left out: no reader of checkpoints looks at them, and integrity.json has better ones.
     """
-    wanted = torch.serialization.get_crc32_options()
+    previous = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(tensor, file)
@@ -100,7 +100,7 @@ def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
         cause = error.__context__
         raise cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, f"not written whole: {error}") from None
     finally:
-        torch.serialization.set_crc32_options(wanted)
+        torch.serialization.set_crc32_options(previous)
 
 
 def _is_view(tensor: torch.Tensor) -> bool:

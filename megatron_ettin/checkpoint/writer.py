@@ -48,13 +48,6 @@ class NotWrittenError(Exception):
 
 
 @dataclass
-class _At:
-    """The file or folder that is being written, for error messages."""
-
-    path: Path
-
-
-@dataclass
 class Plan:
     """The files that this rank writes into `folder`. `writer` and `metadata` are core's; only rank 0 has the latter."""
 
@@ -63,6 +56,8 @@ class Plan:
     world: int
     writer: Any
     metadata: Any
+    at: Path | None = None
+    """The file or folder that is being written, for error messages."""
 
     @property
     def buckets(self) -> list[Any]:
@@ -98,15 +93,15 @@ class Plan:
             local: a folder on this host's own disk where the files are written first.
         """
         mark: dict[str, Any] = {"files": {}, "stored": []}
-        at = _At(self.folder if local is None else local)
+        first: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(self.folder)
+        if local is not None:
+            first = staging_folder(local, self.folder.absolute().parents[1].name)
+        self.at = local or self.folder
         try:
-            if local is None:
-                self._write_files(self.folder, mark, at)
-            else:
-                with staging_folder(local, self.folder.absolute().parents[1].name) as staging:
-                    self._write_files(staging, mark, at)
+            with first as folder:
+                self._write_files(folder, mark)
         except Exception as error:
-            mark = {"error": f"rank {self.rank}: {at.path}: {_cause(error)}"}
+            mark = {"error": f"rank {self.rank}: {self.at}: {_cause(error)}"}
             # the files are of no use, and the mark needs room
             for path, _, _ in self.buckets:
                 Path(path).unlink(missing_ok=True)
@@ -114,17 +109,19 @@ class Plan:
         self.writer.write_buckets = None
         _write_mark(self.folder / f"{MARK}{self.rank}", mark)
 
-    def _write_files(self, first: Path, mark: dict[str, Any], at: _At) -> None:
+    def _write_files(self, first: Path, mark: dict[str, Any]) -> None:
         """Write and hash each file in the folder `first`, and copy it to where it belongs if that is elsewhere."""
         for path, name, (items, tensors) in self.buckets:
-            at.path = first / name
+            written, final = first / name, Path(path)
+            self.at = written
             # state.py leaves them out
             assert not items, "pickled entries"
-            mark["stored"] += _write_file(at.path, name, tensors)
+            mark["stored"] += _write_file(written, name, tensors)
             # before it is copied: a digest of the copy would seal whatever the copy is
-            mark["files"][name] = integrity_entry(at.path)
-            if at.path != Path(path):
-                _move(at.path, Path(path), mark["files"][name], at)
+            mark["files"][name] = integrity_entry(written)
+            if written != final:
+                self.at = final
+                _move(written, final, mark["files"][name])
 
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
         """Wait on rank 0 for all marks, and write what core leaves to the coordinator.
@@ -175,9 +172,8 @@ def _result(fqn: str, offset: Any, number: Any, name: str, first: int, length: i
     return WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(name, first, length))
 
 
-def _move(source: Path, target: Path, written: Entry, at: _At) -> None:
+def _move(source: Path, target: Path, written: Entry) -> None:
     """Copy a file to another file system and remove it here. Raises OSError where the copy is not what was written."""
-    at.path = target
     shutil.copyfile(source, target)
     fsync(target)
     if integrity_entry(target) != written:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.heartbeat import RankInfo
@@ -23,17 +22,10 @@ WARN_RATIO = 1.5
 WARN_TIMES = 3
 
 
-@dataclass(frozen=True)
-class Slowest:
-    """The slowest rank."""
+def slowest(seconds: Sequence[float], stages: Sequence[int]) -> tuple[int, float] | None:
+    """Return the rank that its stage waits for the most, and how many times the median of the others it takes.
 
-    rank: int
-    ratio: float
-    """Its seconds over the median of the other ranks of its pipeline stage."""
-
-
-def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
-    """Return the rank that its stage waits for the most; None where no stage has two ranks.
+    None where no stage has two ranks.
 
     Args:
         seconds: of each rank.
@@ -47,8 +39,8 @@ def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
         rank = max(ranks, key=lambda one: seconds[one])
         others = [seconds[one] for one in ranks if one != rank]
         if others and (middle := statistics.median(others)) > 0:
-            candidates.append(Slowest(rank, seconds[rank] / middle))
-    return max(candidates, key=lambda one: one.ratio, default=None)
+            candidates.append((rank, seconds[rank] / middle))
+    return max(candidates, key=lambda one: one[1], default=None)
 
 
 class Stragglers(Hook):
@@ -75,16 +67,17 @@ class Stragglers(Hook):
             return
         mean = statistics.fmean(self.seconds)
         self.seconds = []
-        result = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
-        if result is None:
+        found = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
+        if found is None:
             return
-        peer = self.peers[result.rank]
-        info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(result.ratio, 4))
+        rank, ratio = found
+        peer = self.peers[rank]
+        info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(ratio, 4))
         self.in_a_row = [*(self.in_a_row if peer.rank in self.in_a_row else []), peer.rank]
-        if result.ratio <= WARN_RATIO:
+        if ratio <= WARN_RATIO:
             self.in_a_row = []
         if run.is_main_process and len(self.in_a_row) == WARN_TIMES:
             log_warning(
-                f"warning: {peer} is slow: {result.ratio:.1f} times the others' seconds until the gradient sum, over"
+                f"warning: {peer} is slow: {ratio:.1f} times the others' seconds until the gradient sum, over"
                 f" the last {WARN_TIMES * run.config.metrics.ranks_every_steps} steps; all ranks wait for it"
             )

@@ -75,14 +75,11 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
-    """Keep a second launch out of `run_dir` while this one trains. Rank 0 holds the lock, which ends with its process.
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second launch out of `run_dir` while this one trains. The lock ends with the process that holds it.
 
     Raises UserError where another launch holds it.
     """
-    if not is_main_process:
-        yield
-        return
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
             why = try_lock(file.fileno())
@@ -194,7 +191,7 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
 
 
 def origin(
-    run_dir: Path, init_from: Path | None, from_step: int | None, model_of_weights: Mapping[str, Any]
+    run_dir: Path, init_from: Path | None, from_step: int | None, inherited_model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what the first launch of a run began from, for `ettin release` to follow.
 
@@ -205,7 +202,7 @@ def origin(
         return {}
     source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()
     relative = os.path.relpath(source, run_dir.absolute())
-    return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
+    return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(inherited_model_keys)}
 
 
 def order_record(batch: BatchConfig, corpus: BlendedDataset) -> dict[str, Any]:

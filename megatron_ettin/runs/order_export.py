@@ -1,7 +1,8 @@
 """Export what each step trained on or will train on: documents and spans as a table, or the arrays that the model saw.
 
 Both are functions of the run's configuration and its datasets; neither torch nor a run is needed. Steps are numbered as
-in metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded for any number of steps.
+in metrics.jsonl: the first is 1. A table is made of many rows at once, in memory that does not grow with the number of
+steps. The arrays that the model saw are all in memory.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def open_run(path: Path) -> tuple[Config, BlendedDataset]:
 def check_same_order(path: Path, corpus: BlendedDataset) -> None:
     """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
     recorded = RunDirectory(path).order.get("fingerprint")
-    # there is none in a folder that is no run, or one that has not started
+    # not a run directory, or not started: nothing is recorded
     if isinstance(recorded, str) and recorded != corpus.fingerprint:
         raise UserError(
             f"{path}: was trained in order {recorded[:12]}, its datasets now give {corpus.fingerprint[:12]}: a dataset"
@@ -98,7 +99,7 @@ def iter_rows(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.
 
 
 def tables(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[Table]:
-    """Yield which tokens of which document stood where, a line a chunk, in order and some rows at a time.
+    """Yield tables with one line for each chunk: its document, its token span, its place in the row.
 
     `end_token` is exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are
     in `row_start` only.

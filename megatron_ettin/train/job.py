@@ -1,4 +1,4 @@
-"""Describe the runs of one job, and check all of them that needs no other ranks before the first one starts.
+"""Check everything that needs no other rank before the first run of a job starts.
 
 A job has one run, the phases of `ettin train --phase all`, each of which begins from the one before, or the members of
 `--sweep`. A job that was stopped goes on in the run where it stopped.
@@ -39,12 +39,12 @@ class TrainArgs:
     """Science keys that may change in a run that has begun."""
     from_step: int | None = None
     """Step to load from `init_from`; without `init_from`, the step that the run goes back to."""
-    model_of_weights: Mapping[str, Any] = field(default_factory=dict)
+    inherited_model_keys: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `model` that came with `init_from`."""
     json_stream: TextIO | None = None
     """Stream that gets steps as JSON lines, instead of the lines for people."""
-    free: frozenset[str] | None = None
-    """Keys of the schedule that follow the run's length; None: by their values."""
+    rescaled_keys: frozenset[str] | None = None
+    """Schedule keys to rescale to the run's length. None: those that still have the recipe's value."""
     unused_overrides: Sequence[str] = ()
     """A line for each override that the run does not read, logged when it starts."""
 
@@ -65,7 +65,7 @@ def prepare_jobs(runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = Fals
 
     Args:
         runs: The members of a sweep, or phases in order, each but the first beginning from the run directory of the one
-            before: of them the last is always trained.
+            before. The last phase is kept even if it is finished.
         is_sweep: Whether they are the members of a sweep.
     """
     left = list(runs)
@@ -114,12 +114,12 @@ def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
 
 
 def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Config:
-    """Return the run with a schedule in proportion to its length; one that has begun keeps its own."""
-    free = free_by_value(config) if args.free is None else args.free
+    """Return the config with its schedule rescaled to the run; a started run keeps its recorded schedule."""
+    keys = free_by_value(config) if args.rescaled_keys is None else args.rescaled_keys
     begun = RunDirectory(args.run_dir).recorded_config
     if begun:
-        return config.with_keys({key: begun.value(key) for key in free})
-    return fit_schedule(config, free, corpus.mean_tokens_per_row)
+        return config.with_keys({key: begun.value(key) for key in keys})
+    return fit_schedule(config, keys, corpus.mean_tokens_per_row)
 
 
 def saved_progress(run_dir: Path) -> Progress | None:

@@ -72,7 +72,7 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
         "step": run.progress.step,
     }
     args = job.args
-    record |= launches.origin(args.run_dir, args.init_from, args.from_step, args.model_of_weights)
+    record |= launches.origin(args.run_dir, args.init_from, args.from_step, args.inherited_model_keys)
     launches.write_launch(args.run_dir, config, job.corpus, record)
 
 

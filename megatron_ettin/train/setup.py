@@ -129,8 +129,9 @@ def setup_training(
     enable_compile(should_compile(config.runtime.compile, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
+    # of a micro-batch on this rank
+    tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
     if config.parallel.tp_overlap:
-        tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
         make_overlap_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
@@ -148,7 +149,6 @@ def setup_training(
     graphed = None
     if config.runtime.cuda_graph:
         platform.check_graph(True, chunks[0].config.backend.attention.name)
-        tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         graphed = GraphedStep(config, tokens, layout.rank == 0)
     return TrainState(config, platform, layout, chunks, wrapped, optimizer, graphed)
 

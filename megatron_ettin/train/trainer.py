@@ -105,9 +105,10 @@ class Trainer:
         """
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
-        stack.enter_context(launches.locked(args.run_dir, is_main_process=self.is_main_process))
-        if self.is_main_process and (line := complete_line(config.run, args.run_dir)):
-            log_info(line)
+        if self.is_main_process:
+            stack.enter_context(launches.locked(args.run_dir))
+            if line := complete_line(config.run, args.run_dir):
+                log_info(line)
         heartbeat.hang_seconds = config.resilience.hang_seconds
         copy_folder, corpus, patience = config.data.local_copy, job.corpus, RENDEZVOUS_SECONDS
         heartbeat.enter("starting", COPY_SECONDS if copy_folder is not None else None)

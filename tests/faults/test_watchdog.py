@@ -24,7 +24,7 @@ from megatron_ettin.faults.heartbeat import (
     read_rank_status,
     write_rank_status,
 )
-from megatron_ettin.faults.stragglers import Slowest, slowest
+from megatron_ettin.faults.stragglers import slowest
 from megatron_ettin.faults.watchdog import hang_report
 from megatron_ettin.launch.run_state import run_state
 from tests.launch.cluster import wait_until
@@ -200,8 +200,8 @@ def test_hang_report_names_the_rank_that_others_wait_for(
 
 
 def test_straggler_detection_compares_ranks_within_a_stage() -> None:
-    assert slowest([1.0, 1.2, 9.0, 9.0], [0, 0, 1, 1]) == Slowest(1, pytest.approx(1.2))
-    assert slowest([1.0, 1.0, 1.0, 3.0, 1.0], [0] * 5) == Slowest(3, 3.0)
+    assert slowest([1.0, 1.2, 9.0, 9.0], [0, 0, 1, 1]) == (1, pytest.approx(1.2))
+    assert slowest([1.0, 1.0, 1.0, 3.0, 1.0], [0] * 5) == (3, 3.0)
     assert slowest([1.0, 2.0], [0, 1]) is None
 
 

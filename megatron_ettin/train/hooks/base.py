@@ -50,11 +50,6 @@ class Run:
         """Return whether this is rank 0."""
         return self.train_state.layout.rank == 0
 
-    @property
-    def tokenizer(self) -> Path:
-        """Tokenizer folder of the first dataset."""
-        return self.batches.corpus.datasets[0].path / "tokenizer"
-
 
 class Hook:
     """Does nothing, at each of the four times that it is called."""

@@ -28,8 +28,10 @@ class Checkpoints(Hook):
         self.saved_step: int | None = run.progress.step or None
         self.is_due = self.milestone_is_due = False
         self.retry = Retry(run.config.checkpoint.retry_seconds)
-        ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
-        self.saver = Saver(run.train_state, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
+        datasets = run.batches.corpus.datasets
+        ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in datasets)
+        tokenizer = datasets[0].path / "tokenizer"
+        self.saver = Saver(run.train_state, run.directory, tokenizer, ends_in_sep, self._save_blocker)
         run.closing.callback(self.saver.close)
 
     def step(self, run: Run, result: StepResult) -> None:
