@@ -31,7 +31,7 @@ class Revision:
     total_tokens: int
     """Tokens trained in this phase and all before it."""
     checkpoint: Path | None
-    """Checkpoint folder; None for the initial weights, which are drawn again."""
+    """Checkpoint folder. None: initial weights, made again from the seed."""
     run: RunDirectory
 
 
