@@ -67,10 +67,10 @@ class Stragglers(Hook):
             return
         mean = statistics.fmean(self.seconds)
         self.seconds = []
-        found = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
-        if found is None:
+        result = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
+        if result is None:
             return
-        rank, ratio = found
+        rank, ratio = result
         peer = self.peers[rank]
         info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(ratio, 4))
         self.in_a_row = [*(self.in_a_row if peer.rank in self.in_a_row else []), peer.rank]
