@@ -35,7 +35,7 @@ WAY_OF_A_BATCH = (
     ("train/step.py", "train_step"),
     ("model/model.py", "EttinModel"),
     ("train/totals.py", "StepTotals"),
-    ("train/progress.py", "StepResult"),
+    ("train/totals.py", "StepResult"),
     ("train/hooks/metrics.py", "step_metrics"),
     ("metrics/record.py", "JsonlSink"),
 )

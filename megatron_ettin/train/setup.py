@@ -24,8 +24,13 @@ from megatron_ettin.optim.deepspeed import build_zero, load_deepspeed
 from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.megatron import build_optimizer
 from megatron_ettin.parallel.env import DistributedEnv, Topology
-from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
-from megatron_ettin.parallel.process_groups import init_process_group
+from megatron_ettin.parallel.groups import (
+    Layout,
+    destroy_model_parallel,
+    initialize_model_parallel,
+    optimizer_groups,
+)
+from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.compile import enable_compile, should_compile
 from megatron_ettin.platform.fp8 import reset_fp8_state
@@ -154,10 +159,18 @@ def setup_training(
 
 
 def build_single_process(config: Config, training: bool = False, initial_weights: bool = True) -> TrainState:
-    """Build the whole model in this process, for evaluation, export checks and tools."""
+    """Build the whole model in this process, for evaluation, export checks and tools.
+
+    Process groups exist afterwards, which the caller destroys. After an error there are none.
+    """
     platform = detect(config.runtime.device)
     init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
-    return setup_training(config, platform, 1, training, initial_weights)
+    try:
+        return setup_training(config, platform, 1, training, initial_weights)
+    except BaseException:
+        destroy_model_parallel()
+        destroy_process_group()
+        raise
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:

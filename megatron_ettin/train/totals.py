@@ -1,4 +1,4 @@
-"""Sum named totals of one step over its micro-batches, and then over all ranks by one all-reduce.
+"""Sum named totals of one step over its micro-batches, and then over all ranks by one all-reduce; the step's result.
 
 Each total has a slot in one fp64 tensor. To add a metric, call `add` where its value is known. Every rank must call it,
 with `None` if it has no value. A total whose name `train_step` does not use becomes a key of metrics.jsonl.
@@ -6,11 +6,14 @@ with `None` if it has no value. A total whose name `train_step` does not use bec
 
 from __future__ import annotations
 
+import enum
 import math
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
+from megatron_ettin.faults.anomalies import Anomaly
 from megatron_ettin.parallel.collectives import all_reduce_sum
 
 Reduction = Literal["sum", "mean", "rank_zero"]
@@ -80,3 +83,56 @@ class StepTotals:
 def count_of(name: str) -> str:
     """Return the name of the slot that counts the values of a total that is a mean."""
     return f"count of {name}"
+
+
+class ControlSignal(enum.IntEnum):
+    """Request of a rank to all ranks, sent with the totals of a step. The highest one wins."""
+
+    NONE = 0
+    SAVE = 1
+    """Save a checkpoint after the step (from rank 0)."""
+    STOP = 2
+    """Save and end, so that the job can be requeued (from any rank)."""
+    SAVE_FAILED = 3
+    """End the run: a checkpoint could not be saved (from rank 0)."""
+    GONE = 4
+    """End the run: its directory was removed (from rank 0)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of a step, equal on every rank."""
+
+    step: int
+    """Number of the step, from 1."""
+    tokens: int
+    """Tokens of the run so far, padding not counted."""
+    loss: float
+    """Mean over the step's predicted tokens."""
+    lr: float
+    """Learning rate of the update."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+    step_tokens: int
+    """Tokens of the step, padding not counted."""
+    labels: int
+    """Predicted tokens of the step."""
+    rows: tuple[int, int]
+    """First row of the step in the order of the data, and the row after its last."""
+    seconds: float
+    """Duration on this rank."""
+    flops: float
+    """Floating-point operations of the step on all ranks."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further figures for metrics.jsonl; hooks add theirs."""
+    signal: ControlSignal = ControlSignal.NONE
+    """Strongest signal that any rank sent, equal on every rank."""
+    anomaly: Anomaly | None = None
+    """Anomaly in the loss or the gradient norm."""
+    updated: bool = True
+    """Whether the weights were updated."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Return whether a rank was asked to stop."""
+        return self.signal is ControlSignal.STOP
