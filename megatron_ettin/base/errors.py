@@ -55,14 +55,11 @@ def warn_renamed(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}; the old name will be removed", DeprecationWarning, stacklevel=3)
 
 
-def serve_parent(sentinel: int | None = None) -> None:
+def serve_parent() -> None:
     """End this worker process when its parent ends, and ignore Ctrl-C, on which the parent acts.
 
     A worker calls this first. A parent that was killed cannot tell its workers, and a worker that is blocked in a full
     pipe would stay for ever, so a thread waits for the parent's end.
-
-    Args:
-        sentinel: the parent's, where another library than multiprocessing started this process.
     """
     # here, because every command imports this module
     import multiprocessing.connection
@@ -73,6 +70,5 @@ def serve_parent(sentinel: int | None = None) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    sentinel = parent.sentinel if sentinel is None and parent is not None else sentinel
-    if sentinel is not None:
-        threading.Thread(target=end_with_parent, args=(sentinel,), name="end with parent", daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=end_with_parent, args=(parent.sentinel,), name="end with parent", daemon=True).start()

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_json
 from megatron_ettin.data.manifest import FILE_NAME
-from megatron_ettin.prepare.engine import Counter, IngestStep, Progress, agree_on_completed
+from megatron_ettin.prepare.engine import Counter, IngestStep, Progress, sync_completion_marks
 from megatron_ettin.prepare.request import PrepareRequest
 from megatron_ettin.prepare.task import IngestSettings
 
@@ -61,7 +61,7 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     jobs = submitted_jobs(work)
     states = queue_states(jobs)
     if states:
-        return Submitted(jobs, states, total - len(counter.open), total, new=False)
+        return Submitted(jobs, states, total - len(counter.pending), total, new=False)
     if jobs and (why := failure_reason(work)):
         (work / SUBMITTED).unlink()
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
@@ -70,20 +70,20 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     # submitted they are, whether squeue answers or not
     with contextlib.suppress(UserError):
         states = queue_states(jobs)
-    return Submitted(jobs, states, total - len(counter.open), total, new=True)
+    return Submitted(jobs, states, total - len(counter.pending), total, new=True)
 
 
 def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> list[str]:
     """Submit the job array and the finishing job, and return their ids. Raises UserError where SLURM refuses one."""
-    from megatron_ettin.prepare.executors import errors_of_programs, slurm_executor
+    from megatron_ettin.prepare.executors import capture_stderr, slurm_executor
 
     work = settings.work
     shutil.rmtree(work / "errors", ignore_errors=True)
     jobs = []
-    if counter.open:
-        agree_on_completed(work, counter)
+    if counter.pending:
+        sync_completion_marks(work, counter)
         executor = slurm_executor(IngestStep(settings), len(counter.tasks), request, work / "log")
-        with errors_of_programs() as messages:
+        with capture_stderr() as messages:
             try:
                 executor.run()
             except subprocess.CalledProcessError:

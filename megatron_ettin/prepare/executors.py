@@ -12,61 +12,39 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.engine import prepare_process
 from megatron_ettin.prepare.request import PrepareRequest
 
 try:
-    import multiprocess.util
-    from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+    from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
     from loguru import logger
 except ImportError as error:
-    raise UserError(
-        f"several processes need datatrove ({error}): pip install 'megatron_ettin[data]', or give --workers 1"
-    ) from None
+    raise UserError(f"--executor slurm and ray need datatrove ({error}): pip install 'megatron_ettin[data]'") from None
 
 # what SLURM's MaxArraySize allows by default
 JOBS_IN_ARRAY = 1_000
 
 
 @lru_cache(maxsize=1)
-def nowhere() -> IO[str]:
+def devnull() -> IO[str]:
     """Return a file that drops what is written. It is never closed, because a log handler may still write to it."""
     return open(os.devnull, "w")
 
 
-class Quiet:
-    """Mixin against datatrove's log on standard error, where the progress bar is. The log has files too."""
+class QuietRayExecutor(RayPipelineExecutor):
+    """Executor on a Ray cluster.
+
+    It silences datatrove's log on standard error, which would break the progress bar. Log files are kept.
+    """
 
     def run(self) -> Any:
         """Run the tasks without a log on standard error."""
-        # of this process, whose standard error is the progress report's
         logger.remove()
-        return super().run()  # type: ignore[misc]
+        return super().run()
 
     def _run_for_rank(self, *arguments: Any, **named: Any) -> Any:
         logger.remove()
-        with contextlib.redirect_stderr(nowhere()):
-            return super()._run_for_rank(*arguments, **named)  # type: ignore[misc]
-
-
-class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
-    """Executor with processes of this machine."""
-
-    def run(self) -> Any:
-        """Run the tasks. A manager process that datatrove forks ends with this one, also where that is killed."""
-        multiprocess.util.register_after_fork(self, lambda executor: prepare_process.__wrapped__())
-        return super().run()
-
-
-class QuietRayExecutor(Quiet, RayPipelineExecutor):
-    """Executor on a Ray cluster."""
-
-    pass
-
-
-def local_executor(step: Any, tasks: int, workers: int, log: Path) -> LocalPipelineExecutor:
-    """Return an executor with spawned processes; forked ones would inherit the parent's threads."""
-    return QuietLocalExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log), start_method="spawn")
+        with contextlib.redirect_stderr(devnull()):
+            return super()._run_for_rank(*arguments, **named)
 
 
 def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineExecutor:
@@ -89,7 +67,7 @@ class ArrayExecutor(SlurmPipelineExecutor):
     """
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Return sbatch's options: the user's, and of datatrove's those that do not contradict them."""
+        """Merge datatrove's options of sbatch with the user's, which win."""
         arguments = super().get_sbatch_args(max_array)
         if {"mem", "mem-per-gpu"} & set(arguments):
             # datatrove's own; sbatch takes one of the three
@@ -126,10 +104,10 @@ def slurm_executor(step: Any, tasks: int, request: PrepareRequest, log: Path) ->
 
 
 @contextlib.contextmanager
-def errors_of_programs() -> Iterator[IO[bytes]]:
-    """Yield a file that takes what programs started meanwhile write to standard error.
+def capture_stderr() -> Iterator[IO[bytes]]:
+    """Redirect file descriptor 2 to a temporary file and yield it, to capture what sbatch writes there.
 
-    datatrove lets sbatch write to the terminal. The descriptor is replaced, since a child knows no other.
+    datatrove lets sbatch write to the terminal, and a child process inherits the descriptor only.
     """
     with tempfile.TemporaryFile() as messages:
         terminal = os.dup(2)

@@ -156,7 +156,7 @@ class Build:
             if (finished := self.finished_meanwhile()) is not None:
                 return finished
             settings, counter = self.planned()
-            if counter.open:
+            if counter.pending:
                 self.run_tasks(settings, counter)
             raise_first_error(self.work, counter)
             dataset = self.publish(len(counter.tasks))
@@ -179,12 +179,13 @@ class Build:
 
     def run_tasks(self, settings: IngestSettings, counter: Counter) -> None:
         """Run the tasks that are not done with the executor of the request."""
+        workers = min(self.request.workers, len(counter.pending))
         if self.request.executor == "ray":
             run_on_ray(settings, counter, self.request.workers, self.progress)
-        elif self.request.workers == 1:
+        elif workers == 1:
             run_here(settings, counter, self.progress)
         else:
-            run_local(settings, counter, self.request.workers, self.progress)
+            run_local(settings, counter, workers, self.progress)
 
     def submit(self) -> PrepareResult | cluster.Submitted:
         """Submit the work to the cluster; with `--wait` wait until the dataset is there."""

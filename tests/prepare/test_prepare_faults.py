@@ -52,6 +52,11 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return processes
 
 
+def finished_tasks(folder: Path) -> list[Path]:
+    """The records of the tasks that are done."""
+    return list((folder / ".tmp-out" / "tasks").glob("task_*.json"))
+
+
 def write_parts(folder: Path, bad: int | None = None) -> list[str]:
     """Write four inputs of 300 documents, the last line of `bad` cut off, and return the arguments for one worker."""
     root = folder / "in"
@@ -108,19 +113,16 @@ def test_prepare_killed_worker_is_reported_and_rerun_completes(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path, sigint: signal.Handlers
 ) -> None:
     arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
-    running = start(arguments, script, sigint, **{HOLD_VARIABLE: "3"})
-    folder = tmp_path / ".tmp-out" / "running"
-
-    def worker() -> int:
-        """Return the process that holds one of the tasks which do not end."""
-        held = [file.read_text() for file in folder.glob("*") if int(file.name) >= 3]
-        return int(next(filter(None, held), 0))
-
-    wait_for(lambda: worker() > 0)
-    os.kill(worker(), signal.SIGKILL)
+    mark = str(uuid.uuid4())
+    running = start(arguments, script, sigint, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
+    # tasks 0 to 2 are done: the workers hold others, which do not end
+    wait_for(lambda: len(finished_tasks(tmp_path)) == 3)
+    children = psutil.Process(running.pid).children()
+    next(child for child in children if "spawn_main" in " ".join(child.cmdline())).kill()
     line = fails(running)
     assert "a worker process died" in line
     assert "run the same command again" in line
+    assert not marked_processes(mark)
     assert not (tmp_path / "out").exists()
     assert prepare_small_tasks(*arguments_for(large, tmp_path / "out", 1)) == 0
     assert files_of(tmp_path / "out") == large_dataset
@@ -133,7 +135,7 @@ def test_prepare_interrupted_by_sigint_can_be_resumed(
 ) -> None:
     arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
     running = start(arguments, script, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
-    wait_for(lambda: bool(list((tmp_path / ".tmp-out" / "tasks").glob("task_*.json"))))
+    wait_for(lambda: len(finished_tasks(tmp_path)) == 3)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
@@ -182,14 +184,14 @@ def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> Non
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("attempt", range(max(1, KILLS // 4)))
-def test_prepare_bad_line_is_reported_instead_of_lost_worker(attempt: int, tmp_path: Path) -> None:
-    """The pool terminates the other workers, which are busy; they must not be reported as lost."""
-    arguments = write_parts(tmp_path, bad=1)
-    line = fails(forked([*arguments[:-1], "2"]))
+def test_prepare_bad_line_ends_busy_workers_at_once(tmp_path: Path) -> None:
+    """The other worker holds a task that does not end; it is ended, and not reported as lost."""
+    arguments, mark = write_parts(tmp_path, bad=1), str(uuid.uuid4())
+    held = {HOLD_VARIABLE: "2", "ETTIN_TEST_MARK": mark}
+    line = fails(start([*arguments[:-1], "2"], tmp_path / "small_tasks.py", **held))
     assert "invalid JSON" in line
     assert "part1.jsonl.gz:301" in line
+    assert not marked_processes(mark)
 
 
 def test_prepare_file_size_limit_is_reported_and_rerun_completes(
