@@ -23,7 +23,6 @@ from megatron_ettin.base.files import write_json
 from megatron_ettin.data.manifest import FILE_NAME
 from megatron_ettin.prepare.engine import Counter, IngestStep, Progress, sync_completion_marks
 from megatron_ettin.prepare.request import PrepareRequest
-from megatron_ettin.prepare.task import IngestSettings
 
 SUBMITTED = "submitted.json"
 WAIT_SECONDS = 2.0
@@ -50,14 +49,14 @@ class Submitted:
         return f"{self.tasks_done} of {self.num_tasks} tasks done; {verb}: jobs {', '.join(self.jobs)} ({states})"
 
 
-def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> Submitted:
+def submit_or_look(request: PrepareRequest, counter: Counter) -> Submitted:
     """Submit the pending tasks and the finishing job, or report how those submitted before are doing."""
-    if any(character.isspace() for character in str(settings.work)):
+    if any(character.isspace() for character in str(request.work)):
         raise UserError(f"--out: {str(request.out)!r} has a space in its path, which sbatch's scripts cannot name")
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
             raise UserError(f"--executor slurm: no {program} on this machine; run it where jobs are submitted")
-    work, total = settings.work, len(counter.tasks)
+    work, total = request.work, len(counter.tasks)
     jobs = submitted_jobs(work)
     states = queue_states(jobs)
     if states:
@@ -65,7 +64,7 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     if jobs and (why := failure_reason(work)):
         (work / SUBMITTED).unlink()
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
-    jobs = submit(settings, request, counter)
+    jobs = submit(request, counter)
     states = {}
     # submitted they are, whether squeue answers or not
     with contextlib.suppress(UserError):
@@ -73,16 +72,16 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     return Submitted(jobs, states, total - len(counter.pending), total, new=True)
 
 
-def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> list[str]:
+def submit(request: PrepareRequest, counter: Counter) -> list[str]:
     """Submit the job array and the finishing job, and return their ids. Raises UserError where SLURM refuses one."""
     from megatron_ettin.prepare.executors import capture_stderr, slurm_executor
 
-    work = settings.work
+    work = request.work
     shutil.rmtree(work / "errors", ignore_errors=True)
     jobs = []
     if counter.pending:
         sync_completion_marks(work, counter)
-        executor = slurm_executor(IngestStep(settings), len(counter.tasks), request, work / "log")
+        executor = slurm_executor(IngestStep(request), len(counter.tasks), request, work / "log")
         with capture_stderr() as messages:
             try:
                 executor.run()

@@ -22,7 +22,8 @@ from megatron_ettin.base.errors import UserError, serve_parent
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare.frozen_plan import load_tasks
 from megatron_ettin.prepare.inputs import Task
-from megatron_ettin.prepare.task import SPLITS, IngestSettings, record_path, run_task
+from megatron_ettin.prepare.request import PrepareRequest
+from megatron_ettin.prepare.task import SPLITS, record_path, run_task
 
 # called with (input bytes done, input bytes in all, tokens written)
 Progress = Callable[[int, int, int], None]
@@ -33,13 +34,13 @@ LOST = "a worker process died (out of memory?); run the same command again, with
 class IngestStep:
     """Step of datatrove's pipeline that runs one task. Its pickle is small: tasks are read from prepare.json."""
 
-    settings: IngestSettings
+    request: PrepareRequest
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         """Run task `rank`, and leave its error in a file where it fails."""
-        failed = error_path(self.settings.work, rank)
+        failed = error_path(self.request.work, rank)
         try:
-            run_numbered(rank, self.settings)
+            run_numbered(rank, self.request)
             failed.unlink(missing_ok=True)
         except Exception as error:
             failed.parent.mkdir(exist_ok=True)
@@ -47,10 +48,10 @@ class IngestStep:
             raise
 
 
-def run_numbered(index: int, settings: IngestSettings) -> int:
+def run_numbered(index: int, request: PrepareRequest) -> int:
     """Run the task of that number in this process, with one thread of tokenizing. Returns the tokens written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return run_task(load_tasks(settings.work)[index], settings, tokenizer_of(settings.work))
+    return run_task(load_tasks(request.work)[index], request, tokenizer_of(request.work))
 
 
 @lru_cache(maxsize=1)
@@ -99,24 +100,24 @@ class Counter:
             self.finish(index, sum(record[split]["tokens"] for split in SPLITS if split in record))
 
 
-def run_here(settings: IngestSettings, counter: Counter, progress: Progress) -> None:
+def run_here(request: PrepareRequest, counter: Counter, progress: Progress) -> None:
     """Run one task after another in this process."""
-    remove_unfinished(settings.work)
+    remove_unfinished(request.work)
     progress(counter.done, counter.total, counter.tokens)
     for index in sorted(counter.pending):
-        counter.finish(index, run_numbered(index, settings))
+        counter.finish(index, run_numbered(index, request))
         progress(counter.done, counter.total, counter.tokens)
 
 
-def run_local(settings: IngestSettings, counter: Counter, workers: int, progress: Progress) -> None:
+def run_local(request: PrepareRequest, counter: Counter, workers: int, progress: Progress) -> None:
     """Run the tasks in several processes of this machine. The first error of a task ends them all and is raised."""
-    remove_unfinished(settings.work)
+    remove_unfinished(request.work)
     progress(counter.done, counter.total, counter.tokens)
     # forked processes would inherit the parent's threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=serve_parent) as pool:
         try:
-            running = {pool.submit(run_numbered, index, settings): index for index in sorted(counter.pending)}
+            running = {pool.submit(run_numbered, index, request): index for index in sorted(counter.pending)}
             for done in as_completed(running):
                 counter.finish(running[done], done.result())
                 progress(counter.done, counter.total, counter.tokens)
@@ -136,13 +137,13 @@ def remove_unfinished(work: Path) -> None:
     shutil.rmtree(work / "errors", ignore_errors=True)
 
 
-def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progress: Progress) -> None:
+def run_on_ray(request: PrepareRequest, counter: Counter, workers: int, progress: Progress) -> None:
     """Run the tasks on a Ray cluster that shares this file system. `raise_first_error` reports what failed."""
     from megatron_ettin.prepare.executors import ray_executor
 
-    sync_completion_marks(settings.work, counter)
+    sync_completion_marks(request.work, counter)
     progress(counter.done, counter.total, counter.tokens)
-    ray_executor(IngestStep(settings), len(counter.tasks), workers, settings.work / "log").run()
+    ray_executor(IngestStep(request), len(counter.tasks), workers, request.work / "log").run()
     counter.refresh()
     progress(counter.done, counter.total, counter.tokens)
 

@@ -52,6 +52,11 @@ class PrepareRequest:
     slurm_arguments: tuple[tuple[str, str], ...] = ()
     """Further options of sbatch."""
 
+    @property
+    def work(self) -> Path:
+        """Return the folder of the unfinished dataset, with tasks/ and tokenizer/."""
+        return work_folder(self.out)
+
 
 def check_request(request: PrepareRequest) -> PrepareRequest:
     """Return the request with `out` resolved. Raises UserError for what cannot be done."""

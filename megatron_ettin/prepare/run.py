@@ -21,7 +21,6 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import LockHeldError, fsync, publish_folder, try_lock
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest
 from megatron_ettin.data.packing_index import PackingIndex
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
@@ -37,11 +36,9 @@ from megatron_ettin.prepare.request import (
     hash_of_settings,
     rewritten_input,
     settings_of,
-    work_folder,
     write_inputs,
 )
 from megatron_ettin.prepare.staging import NoDocumentsError, read_task_records, stage
-from megatron_ettin.prepare.task import IngestSettings
 
 LOCK_SECONDS = 3.0
 
@@ -127,7 +124,7 @@ class Build:
         self.progress = progress
         self.settings = settings_of(request, tokenizer)
         self.settings_sha256 = hash_of_settings(self.settings, files)
-        self.work = work_folder(request.out)
+        self.work = request.work
 
     def finished(self) -> PrepareResult | None:
         """Return the dataset of this very request, where it is there.
@@ -155,9 +152,9 @@ class Build:
             cluster.check_not_queued(self.work)
             if (finished := self.finished_meanwhile()) is not None:
                 return finished
-            settings, counter = self.planned()
+            counter = self.planned()
             if counter.pending:
-                self.run_tasks(settings, counter)
+                self.run_tasks(counter)
             raise_first_error(self.work, counter)
             dataset = self.publish(len(counter.tasks))
         return PrepareResult(
@@ -177,15 +174,15 @@ class Build:
             shutil.rmtree(self.work, ignore_errors=True)
         return finished
 
-    def run_tasks(self, settings: IngestSettings, counter: Counter) -> None:
+    def run_tasks(self, counter: Counter) -> None:
         """Run the tasks that are not done with the executor of the request."""
         workers = min(self.request.workers, len(counter.pending))
         if self.request.executor == "ray":
-            run_on_ray(settings, counter, self.request.workers, self.progress)
+            run_on_ray(self.request, counter, self.request.workers, self.progress)
         elif workers == 1:
-            run_here(settings, counter, self.progress)
+            run_here(self.request, counter, self.progress)
         else:
-            run_local(settings, counter, workers, self.progress)
+            run_local(self.request, counter, workers, self.progress)
 
     def submit(self) -> PrepareResult | cluster.Submitted:
         """Submit the work to the cluster; with `--wait` wait until the dataset is there."""
@@ -196,8 +193,8 @@ class Build:
             difference = changed_since(self.work, self.settings, self.files)
             if difference and cluster.queue_states(jobs):
                 raise UserError(f"jobs {', '.join(jobs)} are queued or running and {difference}; scancel them first")
-            settings, counter = self.planned()
-            submitted = cluster.submit_or_look(settings, self.request, counter)
+            counter = self.planned()
+            submitted = cluster.submit_or_look(self.request, counter)
         if not self.request.wait:
             return submitted
         cluster.wait(self.request.out, self.work, submitted.jobs, counter, self.progress)
@@ -206,7 +203,7 @@ class Build:
             dataset, heldout_of(dataset), False, tokens_written=counter.tokens, tasks_resumed=counter.resumed
         )
 
-    def planned(self) -> tuple[IngestSettings, Counter]:
+    def planned(self) -> Counter:
         """Freeze the plan, and give the tasks what they need in the working directory."""
         tasks = freeze(self.work, self.settings, self.files, self.request.replan)
         (self.work / "tasks").mkdir(exist_ok=True)
@@ -216,13 +213,7 @@ class Build:
             shutil.rmtree(temporary, ignore_errors=True)
             self.tokenizer.save(temporary)
             os.rename(temporary, self.work / "tokenizer")
-        request = self.request
-        settings = IngestSettings(
-            self.work, request.rule, token_dtype(self.tokenizer.vocab_size).str, request.text_key, request.id_key,
-            request.add_prefix_space, request.holdout, request.tokens_key, request.tokens_first,
-            request.format == "text",
-        )  # fmt: skip
-        return settings, Counter(self.work, tasks)
+        return Counter(self.work, tasks)
 
     def publish(self, num_tasks: int) -> Dataset:
         """Merge the records, plan rows, and give the dataset its name."""

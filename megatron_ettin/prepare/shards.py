@@ -14,20 +14,20 @@ import numpy.typing as npt
 
 from megatron_ettin.base.digests import shard_digest, write_checksums
 from megatron_ettin.base.files import fsync
-from megatron_ettin.data.indexed import index_bytes, narrowed
+from megatron_ettin.data.indexed import index_bytes, narrowed, token_dtype
 from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
+from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, framed, piece_bounds
 
 
 class ShardWriter:
     """Writer of one shard: documents in, a .bin/.idx pair and its sidecars out. Ends with `finish` or `discard`."""
 
-    def __init__(self, prefix: Path, rule: ChunkRule, dtype: np.dtype, cls_id: int, sep_id: int) -> None:
+    def __init__(self, prefix: Path, rule: ChunkRule, tokenizer: Tokenizer) -> None:
         self.prefix = prefix
         self.rule = rule
-        self.dtype = dtype
-        self.cls_id = cls_id
-        self.sep_id = sep_id
+        self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self.dropped_tokens = 0
         # source -> [documents, chunks, tokens]
         self.sources: dict[str, list[int]] = {}
@@ -46,7 +46,7 @@ class ShardWriter:
         """Add a document of at least one token. `document_key` decides what the recipe leaves to chance."""
         bounds = piece_bounds(len(ids), self.rule, document_key)
         known = narrowed(np.asarray(ids), self.dtype, f"{name}: {document_id}: token id")
-        tokens = framed(known, bounds, self.cls_id, self.sep_id, self.rule.end_token)
+        tokens = framed(known, bounds, self.tokenizer.cls_id, self.tokenizer.sep_id, self.rule.end_token)
         self._stream.write(tokens.tobytes())
         self._lengths += chunk_lengths(bounds, self.rule.end_token)
         self._starts += [start for start, _ in bounds]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,16 @@ import numpy.typing as npt
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_json
 from megatron_ettin.data.tokenizer import Tokenizer
-from megatron_ettin.prepare.chunking import ChunkRule
 from megatron_ettin.prepare.filesystem import local_path, unreachable
 from megatron_ettin.prepare.input_file import Segment
 from megatron_ettin.prepare.inputs import Task
 from megatron_ettin.prepare.readers.arrow import arrow_documents
-from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame
+from megatron_ettin.prepare.readers.document import Document, ReadOptions
 from megatron_ettin.prepare.readers.indexed import indexed_documents
 from megatron_ettin.prepare.readers.lines import json_documents, text_document
 from megatron_ettin.prepare.readers.mds import mds_documents
 from megatron_ettin.prepare.readers.parquet import parquet_documents
+from megatron_ettin.prepare.request import PrepareRequest
 from megatron_ettin.prepare.shards import ShardWriter
 
 BATCH_CHARACTERS = 1 << 20
@@ -42,40 +42,25 @@ READERS: dict[str, Callable[[Segment, ReadOptions], Iterator[Document]]] = {
 }
 
 
-@dataclass(frozen=True)
-class IngestSettings:
-    """Settings that a worker needs."""
-
-    work: Path
-    """Working directory, with tasks/ and tokenizer/."""
-    rule: ChunkRule
-    dtype: str
-    text_key: str
-    id_key: str
-    add_prefix_space: bool
-    holdout: float
-    tokens_key: str = "input_ids"
-    tokens_first: bool = False
-    text_may_be_json: bool = False
-
-
-def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
+def run_task(task: Task, request: PrepareRequest, tokenizer: Tokenizer) -> int:
     """Run a task and write its record. Returns the tokens written."""
-    prefixes = dict(zip(SPLITS, shard_prefixes(settings.work, task.index), strict=True))
-    dtype, ends = np.dtype(settings.dtype), (tokenizer.cls_id, tokenizer.sep_id)
+    prefixes = dict(zip(SPLITS, shard_prefixes(request.work, task.index), strict=True))
     writers = {
-        split: ShardWriter(prefixes[split], settings.rule, dtype, *ends)
-        for split in (SPLITS if settings.holdout else SPLITS[:1])
+        split: ShardWriter(prefixes[split], request.rule, tokenizer)
+        for split in (SPLITS if request.holdout else SPLITS[:1])
     }
+    options = ReadOptions(
+        request.text_key, request.id_key, request.tokens_key, tokenizer, request.tokens_first, request.format == "text"
+    )
     empty_documents = 0
     try:
-        for batch in batches(task, read_options(settings, tokenizer)):
-            for document, ids in tokenized(batch, tokenizer, settings.add_prefix_space):
+        for batch in batches(task, options):
+            for document, ids in tokenized(batch, tokenizer, request.add_prefix_space):
                 if not len(ids):
                     empty_documents += 1
                     continue
                 key = document_key(document)
-                split = "heldout" if is_held_out(key, settings.holdout) else "train"
+                split = "heldout" if is_held_out(key, request.holdout) else "train"
                 writers[split].add(document.file.source, document.file.name, document.id, ids, key)
         record: dict[str, object] = {"empty_documents": empty_documents}
         for split, writer in writers.items():
@@ -85,7 +70,7 @@ def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
         for writer in writers.values():
             writer.discard()
         raise
-    write_json(record_path(settings.work, task.index), record)
+    write_json(record_path(request.work, task.index), record)
     return sum(writer.counts["tokens"] for writer in writers.values())
 
 
@@ -97,16 +82,6 @@ def shard_prefixes(work: Path, task_index: int) -> list[Path]:
 def record_path(work: Path, task_index: int) -> Path:
     """Return the path of a task's record."""
     return work / "tasks" / f"task_{task_index:05d}.json"
-
-
-def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
-    """Return what the readers need of the settings and the tokenizer."""
-    frame = TokenFrame(
-        tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
-    )
-    return ReadOptions(
-        settings.text_key, settings.id_key, settings.tokens_key, frame, settings.tokens_first, settings.text_may_be_json
-    )
 
 
 def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:

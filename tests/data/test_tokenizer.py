@@ -14,7 +14,6 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.convert.tokenizer_files import token_count
 from megatron_ettin.data import tokenizer as module
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare.chunking import chunk_rule
 from megatron_ettin.prepare.shards import ShardWriter
@@ -145,8 +144,8 @@ def test_prepare_older_dataset_with_wrapped_ids_is_not_complete(
 
 
 @pytest.mark.parametrize("wrong", [-1, 65_536])
-def test_shard_writer_refuses_id_that_does_not_fit(tmp_path: Path, wrong: int) -> None:
-    writer = ShardWriter(tmp_path / "shard", chunk_rule(16), token_dtype(100), 1, 2)
+def test_shard_writer_refuses_id_that_does_not_fit(tokenizer: Tokenizer, tmp_path: Path, wrong: int) -> None:
+    writer = ShardWriter(tmp_path / "shard", chunk_rule(16), tokenizer)
     with pytest.raises(UserError, match=rf"a.txt: first: token id: {wrong} does not fit into uint16 \(0 to 65535\)"):
         writer.add("in", "a.txt", "first", [5, wrong], "key")
     writer.discard()

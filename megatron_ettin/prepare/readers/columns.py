@@ -137,7 +137,7 @@ def token_arrays(
     column: Any, first_row: int, name: str, file: InputFile, options: ReadOptions
 ) -> Iterator[npt.NDArray[np.uint32]]:
     """Yield the ids of each row, without their outer special ids. Raises UserError for a null."""
-    assert options.frame is not None
+    assert options.tokenizer is not None
     for i in range(len(column)):
         where = f"{file.url}#{first_row + i}"
         ids = column[i].values
@@ -145,4 +145,4 @@ def token_arrays(
             raise UserError(f"{where}: {name!r} is null, not a list of token ids")
         if ids.null_count:
             raise UserError(f"{where}: {name!r} has a null among its token ids")
-        yield document_tokens([ids.to_numpy(zero_copy_only=False)], where, options.frame)
+        yield document_tokens([ids.to_numpy(zero_copy_only=False)], where, options.tokenizer)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.input_file import InputFile
 
 IntArray = npt.NDArray[np.integer]
@@ -36,24 +37,13 @@ class Document:
 
 
 @dataclass(frozen=True)
-class TokenFrame:
-    """Tokenizer that token ids are expected to come from."""
-
-    vocab_size: int
-    cls_id: int
-    sep_id: int
-    pad_id: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class ReadOptions:
     """Settings of the readers."""
 
     text_key: str = "text"
     id_key: str = "id"
     tokens_key: str = "input_ids"
-    frame: TokenFrame | None = None
+    tokenizer: Tokenizer | None = None
     """None where token inputs cannot be read."""
     tokens_first: bool = False
     """Take the tokens where there are both."""
@@ -61,13 +51,13 @@ class ReadOptions:
     """Read JSON lines under a text's name as text (`--format text`); else they are refused."""
 
 
-def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame) -> npt.NDArray[np.uint32]:
+def document_tokens(sequences: Iterable[IntArray], where: str, tokenizer: Tokenizer) -> npt.NDArray[np.uint32]:
     """Join the sequences of one document, each without its outer special ids.
 
     Args:
         sequences: token ids.
         where: the document's name, for messages.
-        frame: the tokenizer.
+        tokenizer: the tokenizer that the ids are expected to come from.
 
     Raises:
         UserError: an id is outside the vocabulary.
@@ -75,26 +65,26 @@ def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame
     pieces: list[IntArray] = []
     first = 0
     for ids in sequences:
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= frame.vocab_size):
-            position = int(np.flatnonzero((ids < 0) | (ids >= frame.vocab_size))[0])
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
+            position = int(np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))[0])
             raise UserError(
                 f"{where}: token id {int(ids[position])} at position {first + position}; "
-                f"the tokenizer's vocabulary has ids 0 to {frame.vocab_size - 1}"
+                f"the tokenizer's vocabulary has ids 0 to {tokenizer.vocab_size - 1}"
             )
-        pieces.append(without_outer_specials(ids, frame))
+        pieces.append(without_outer_specials(ids, tokenizer))
         first += len(ids)
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
     return joined.astype(np.uint32, copy=False)
 
 
-def without_outer_specials(ids: IntArray, frame: TokenFrame) -> IntArray:
+def without_outer_specials(ids: IntArray, tokenizer: Tokenizer) -> IntArray:
     """Return ids without one leading [CLS], every trailing [PAD] and then one trailing [SEP]."""
     start, end = 0, len(ids)
-    if end and ids[0] == frame.cls_id:
+    if end and ids[0] == tokenizer.cls_id:
         start = 1
-    if end > start and ids[end - 1] == frame.pad_id:
-        kept = np.flatnonzero(ids[start:] != frame.pad_id)
+    if end > start and ids[end - 1] == tokenizer.pad_id:
+        kept = np.flatnonzero(ids[start:] != tokenizer.pad_id)
         end = start + (int(kept[-1]) + 1 if len(kept) else 0)
-    if end > start and ids[end - 1] == frame.sep_id:
+    if end > start and ids[end - 1] == tokenizer.sep_id:
         end -= 1
     return ids[start:end]

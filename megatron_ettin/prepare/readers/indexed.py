@@ -19,21 +19,22 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import checked_digest
 from megatron_ettin.data import manifest as own_dataset
 from megatron_ettin.data.indexed import HEADER, MAGIC, IndexHeader, parse_header
+from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.filesystem import Entry, find, joined, joined_in, local_path, open_input, read_json
 from megatron_ettin.prepare.input_file import InputFile, Segment
-from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame, document_tokens
+from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
 
 DOCUMENTS_AT_ONCE = 4_096
 
 
 def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of a segment of a Megatron dataset. Raises UserError."""
-    file, frame = segment.file, options.frame
-    assert frame is not None
+    file, tokenizer = segment.file, options.tokenizer
+    assert tokenizer is not None
     detail = json.loads(file.detail)
     made_by = detail.get("tokenizer")
-    if made_by not in (None, frame.fingerprint):
-        wanted = f"{frame.fingerprint[:12]}... is asked for; give the dataset's own directory as --tokenizer"
+    if made_by not in (None, tokenizer.fingerprint):
+        wanted = f"{tokenizer.fingerprint[:12]}... is asked for; give the dataset's own directory as --tokenizer"
         raise UserError(f"{file.url}: made with another tokenizer: {made_by[:12]}..., {wanted}")
     prefix = file.url.removesuffix(".bin")
     with open_input(prefix + ".idx") as index_stream, open_input(file.url) as tokens:
@@ -45,7 +46,7 @@ def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
                 stop = min(begin + DOCUMENTS_AT_ONCE, end)
                 numbered = [f"{file.name}#{i}" for i in range(begin, stop)]
                 ids = numbered if named is None else names(named, begin, stop)
-                documents = block_tokens(index, index_stream, tokens, file, range(begin, stop), frame)
+                documents = block_tokens(index, index_stream, tokens, file, range(begin, stop), tokenizer)
                 yield from (Document(file, name, tokens=one) for name, one in zip(ids, documents, strict=True))
 
 
@@ -67,7 +68,12 @@ def read_array(stream: IO[bytes], offset: int, dtype: Any, count: int) -> npt.ND
 
 
 def block_tokens(
-    index: IndexHeader, index_stream: IO[bytes], tokens: IO[bytes], file: InputFile, documents: range, frame: TokenFrame
+    index: IndexHeader,
+    index_stream: IO[bytes],
+    tokens: IO[bytes],
+    file: InputFile,
+    documents: range,
+    tokenizer: Tokenizer,
 ) -> Iterator[npt.NDArray[np.uint32]]:
     """Yield the token ids of consecutive documents. Raises UserError where index or tokens are damaged."""
     begin = documents.start
@@ -88,7 +94,7 @@ def block_tokens(
         low, high = int(bounds[number]) - first, int(bounds[number + 1]) - first
         sequences = document_sequences(tokens, index.dtype, pointers[low:high], lengths[low:high])
         where = f"{file.url}: document {begin + number}"
-        yield document_tokens(sequences, where, frame)
+        yield document_tokens(sequences, where, tokenizer)
 
 
 def document_sequences(

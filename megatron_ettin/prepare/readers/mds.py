@@ -79,9 +79,9 @@ def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> I
         if is_text:
             yield Document(file, name, text=text_value(sample[content], where))
         else:
-            assert options.frame is not None
+            assert options.tokenizer is not None
             sequences = array_rows(sample[content], shard.columns[content][1], where)
-            yield Document(file, name, tokens=document_tokens(sequences, where, options.frame))
+            yield Document(file, name, tokens=document_tokens(sequences, where, options.tokenizer))
 
 
 def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
