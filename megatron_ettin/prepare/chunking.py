@@ -93,7 +93,7 @@ def has_end_token(is_last_of_document: bool, end_token: str) -> bool:
     return end_token == "every" or (end_token == "last" and is_last_of_document)
 
 
-def framed(
+def add_special_tokens(
     ids: npt.NDArray[np.integer], bounds: list[tuple[int, int]], cls_id: int, sep_id: int, end_token: str = "every"
 ) -> npt.NDArray[np.integer]:
     """Return the pieces of one document between [CLS] and, by `end_token`, [SEP], as one array."""

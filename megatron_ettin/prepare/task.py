@@ -1,12 +1,14 @@
 """Run one task: read, split off the held-out documents, tokenize in batches, cut, write one shard of each split.
 
 A task depends on its input and the settings only and ends by writing its record, so a task with a record is done,
-whichever process did it and whatever was killed since.
+whichever process did it and whatever was killed since. A shard has the tokens as they come, then the index, the
+documents table and each chunk's start in its document.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,20 +16,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ettin.base.digests import shard_digest, write_checksums
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import write_json
+from megatron_ettin.base.files import fsync, write_json
+from megatron_ettin.data.indexed import index_bytes, narrowed, token_dtype
+from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
 from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare.chunking import ChunkRule, add_special_tokens, chunk_lengths, piece_bounds
 from megatron_ettin.prepare.filesystem import local_path, unreachable
 from megatron_ettin.prepare.input_file import Segment
 from megatron_ettin.prepare.inputs import Task
 from megatron_ettin.prepare.readers.arrow import arrow_documents
+from megatron_ettin.prepare.readers.columns import parquet_documents
 from megatron_ettin.prepare.readers.document import Document, ReadOptions
 from megatron_ettin.prepare.readers.indexed import indexed_documents
 from megatron_ettin.prepare.readers.lines import json_documents, text_document
 from megatron_ettin.prepare.readers.mds import mds_documents
-from megatron_ettin.prepare.readers.parquet import parquet_documents
 from megatron_ettin.prepare.request import PrepareRequest
-from megatron_ettin.prepare.shards import ShardWriter
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1_024
@@ -137,3 +142,112 @@ def document_key(document: Document) -> str:
 def is_held_out(key: str, fraction: float) -> bool:
     """Return whether a document belongs to the held-out fraction."""
     return int(key[:16], 16) < int(fraction * (1 << 64))
+
+
+class ShardWriter:
+    """Writer of one shard: documents in, a .bin/.idx pair and its sidecars out. Ends with `finish` or `discard`.
+
+    Files are written under a temporary name, fsynced and renamed, all of them before `finish` returns. The documents
+    table is an uncompressed Arrow file: a reader maps it and looks up any document at once.
+    """
+
+    def __init__(self, prefix: Path, rule: ChunkRule, tokenizer: Tokenizer) -> None:
+        self.prefix = prefix
+        self.rule = rule
+        self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.dropped_tokens = 0
+        # source -> [documents, chunks, tokens]
+        self.sources: dict[str, list[int]] = {}
+        self._tokens = 0
+        self._lengths: list[int] = []
+        self._starts: list[int] = []
+        self._document_indices = [0]
+        self._names: list[str] = []
+        self._ids: list[str] = []
+        self._document_tokens: list[int] = []
+        self._stream = open(self._temporary(".bin"), "wb", buffering=1 << 20)  # noqa: SIM115 (finish or discard closes)
+
+    def add(
+        self, source: str, name: str, document_id: str, ids: list[int] | npt.NDArray[np.integer], document_key: str
+    ) -> None:
+        """Add a document of at least one token.
+
+        Args:
+            source: the INPUT that the document belongs to, by which tokens are counted.
+            name: the name of its file in the dataset.
+            document_id: its id in that file.
+            ids: its token ids, without special ones around them.
+            document_key: seeds the boundary before a short last piece, which the recipe draws at random.
+        """
+        bounds = piece_bounds(len(ids), self.rule, document_key)
+        known = narrowed(np.asarray(ids), self.dtype, f"{name}: {document_id}: token id")
+        tokens = add_special_tokens(known, bounds, self.tokenizer.cls_id, self.tokenizer.sep_id, self.rule.end_token)
+        self._stream.write(tokens.tobytes())
+        self._lengths += chunk_lengths(bounds, self.rule.end_token)
+        self._starts += [start for start, _ in bounds]
+        self._document_indices.append(len(self._lengths))
+        self._names.append(name)
+        self._ids.append(document_id)
+        self._document_tokens.append(len(ids))
+        self._tokens += len(tokens)
+        self.dropped_tokens += len(ids) - bounds[-1][1]
+        totals = self.sources.setdefault(source, [0, 0, 0])
+        for i, amount in enumerate((1, len(bounds), len(tokens))):
+            totals[i] += amount
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return the counts of what was added so far."""
+        longest = max(self._lengths, default=0)
+        return {
+            "documents": len(self._ids),
+            "chunks": len(self._lengths),
+            "tokens": self._tokens,
+            "longest_chunk_tokens": longest,
+            "dropped_tokens": self.dropped_tokens,
+        }
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Close, name and checksum the files; a shard without documents leaves none."""
+        self._stream.close()
+        if not self._ids:
+            self._temporary(".bin").unlink()
+            return {}
+        content = index_bytes(np.asarray(self._lengths), np.asarray(self._document_indices), self.dtype)
+        self._temporary(".idx").write_bytes(content)
+        with open(self._temporary(".starts.npy"), "wb") as stream:
+            np.save(stream, np.asarray(self._starts, dtype="<i8"))
+        self._write_documents(self._temporary(".documents.arrow"))
+        described = [suffix for suffix in SHARD_SUFFIXES if suffix != CHECKSUMS_SUFFIX]
+        digests = {suffix: shard_digest(self._temporary(suffix)) for suffix in described}
+        write_checksums(self._temporary(CHECKSUMS_SUFFIX), digests)
+        records = {suffix: FileRecord(digest.bytes, digest.sha256) for suffix, digest in digests.items()}
+        records[CHECKSUMS_SUFFIX] = record_of(self._temporary(CHECKSUMS_SUFFIX))
+        for suffix in SHARD_SUFFIXES:
+            temporary = self._temporary(suffix)
+            fsync(temporary)
+            os.replace(temporary, self.prefix.with_name(self.prefix.name + suffix))
+        return records
+
+    def discard(self) -> None:
+        """Remove the unfinished files."""
+        self._stream.close()
+        for suffix in SHARD_SUFFIXES:
+            self._temporary(suffix).unlink(missing_ok=True)
+
+    def _temporary(self, suffix: str) -> Path:
+        return self.prefix.with_name(f".tmp-{os.getpid()}-{self.prefix.name}{suffix}")
+
+    def _write_documents(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.ipc
+
+        columns = {
+            "source": pyarrow.array(self._names, pyarrow.string()).dictionary_encode(),
+            "document_id": pyarrow.array(self._ids, pyarrow.large_string()),
+            "tokens": pyarrow.array(self._document_tokens, pyarrow.int64()),
+        }
+        batch = pyarrow.record_batch(columns)
+        with pyarrow.OSFile(str(path), "wb") as stream, pyarrow.ipc.new_file(stream, batch.schema) as writer:
+            writer.write_batch(batch)

@@ -16,7 +16,7 @@ from megatron_ettin.data import tokenizer as module
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare.chunking import chunk_rule
-from megatron_ettin.prepare.shards import ShardWriter
+from megatron_ettin.prepare.task import ShardWriter
 from tests.data.corpora import prepare_here
 from tests.data.others import called
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, chunk_rule, framed, piece_bounds
+from megatron_ettin.prepare.chunking import ChunkRule, add_special_tokens, chunk_lengths, chunk_rule, piece_bounds
 
 
 @st.composite
@@ -56,8 +56,8 @@ def test_chunk_rule_and_piece_bounds_defaults_match_recipe() -> None:
     assert piece_bounds(1_022 + 600, chunk_rule(1_024), "") == [(0, 1_022), (1_022, 1_622)]
 
 
-def test_framed_adds_cls_and_sep_to_every_piece() -> None:
-    out = framed(np.arange(5, dtype=np.uint16), [(0, 2), (2, 5)], cls_id=90, sep_id=91)
+def test_add_special_tokens_puts_cls_and_sep_around_every_piece() -> None:
+    out = add_special_tokens(np.arange(5, dtype=np.uint16), [(0, 2), (2, 5)], cls_id=90, sep_id=91)
     assert out.tolist() == [90, 0, 1, 91, 90, 2, 3, 4, 91]
 
 
@@ -82,8 +82,8 @@ def test_chunk_rule_impossible_sizes_are_refused(arguments: tuple[int, ...], mes
         ("none", [90, 0, 1, 90, 2, 3, 4]),
     ],
 )
-def test_framed_end_token_setting_decides_which_pieces_get_sep(end_token: str, expected: list[int]) -> None:
+def test_add_special_tokens_end_token_setting_decides_which_pieces_get_sep(end_token: str, expected: list[int]) -> None:
     bounds = [(0, 2), (2, 5)]
-    out = framed(np.arange(5, dtype=np.uint16), bounds, cls_id=90, sep_id=91, end_token=end_token)
+    out = add_special_tokens(np.arange(5, dtype=np.uint16), bounds, cls_id=90, sep_id=91, end_token=end_token)
     assert out.tolist() == expected
     assert sum(chunk_lengths(bounds, end_token)) == len(expected)
