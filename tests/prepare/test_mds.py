@@ -186,8 +186,11 @@ def test_prepare_mds_damaged_shard_or_index_is_refused(tmp_path: Path, capsys: p
     root = fresh("text")
     changed_index(root, version=1)
     assert "shard 0 is format 'mds' version 1" in refused(root)
-    changed_index(root, version=2, column_names=["id", "body"])
-    assert "no text column 'text' and no token column 'input_ids'; columns found: id (str), body (str)" in refused(root)
+    changed_index(root, version=2, column_names=["id", "texts"])
+    expected = (
+        "no text column 'text' (did you mean 'texts'?) and no token column 'input_ids'; columns found: id (str), "
+    )
+    assert expected + "texts (str)" in refused(root)
     changed_index(root, column_names=["id"])
     assert "shard 0 is damaged" in refused(root)
     changed_index(root, column_names=["id", "text"], raw_data={"basename": [0], "bytes": 1, "hashes": {}})
@@ -205,9 +208,9 @@ def test_prepare_mds_column_that_is_not_integers_is_refused(tmp_path: Path, caps
     for encoding in ("ndarray:float32", "bytes"):
         changed_index(root, column_encodings=["str", encoding, "int"])
         message = refusal(capsys, tmp_path, root)
-        assert f"column 'input_ids' is encoded as {encoding!r}, not an ndarray of integers" in message
+        assert f"column 'input_ids' is {encoding}, not a list of integers" in message
     message = refusal(capsys, tmp_path, FIXTURES / "text", "--text-key", "absent", "--tokens-key", "id")
-    assert "column 'id' is encoded as 'str', not an ndarray of integers" in message
+    assert "column 'id' is str, not a list of integers" in message
 
 
 def test_prepare_mds_ids_outside_vocabulary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,8 @@ def arrow_documents(segment: Segment, options: ReadOptions) -> Iterator[Document
         with opened(file) as stream:
             for begin, batch in batches(stream, file):
                 if columns is None:
-                    columns = choose_columns(batch.schema, options, file.url)
+                    types = dict(zip(batch.schema.names, batch.schema.types, strict=True))
+                    columns = choose_columns(types, options, file.url)
                 if segment.start <= begin < segment.end:
                     yield from batch_documents(batch, row, columns, file, options)
                 row += batch.num_rows

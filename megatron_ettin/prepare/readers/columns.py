@@ -7,7 +7,7 @@ bounded by a batch and a page of each of the two columns, not by the file or its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,31 +39,6 @@ class Columns:
         return [self.content] if self.id is None else [self.content, self.id]
 
 
-def choose_columns(schema: Any, options: ReadOptions, where: str) -> Columns:
-    """Return the text column, else the token column; with `tokens_first` the other way round.
-
-    Raises:
-        UserError: neither is there, or it has the wrong type.
-    """
-    types = {name: schema.field(i).type for i, name in enumerate(schema.names)}
-    id_key = options.id_key if options.id_key in types else None
-    if options.text_key in types and not (options.tokens_first and options.tokens_key in types):
-        if not is_text(types[options.text_key]):
-            raise UserError(f"{where}: column {options.text_key!r} is {types[options.text_key]}, not a string")
-        return Columns(options.text_key, True, id_key)
-    if options.tokens_key in types:
-        if not is_token_list(types[options.tokens_key]):
-            wrong = types[options.tokens_key]
-            raise UserError(f"{where}: column {options.tokens_key!r} is {wrong}, not a list of integers")
-        return Columns(options.tokens_key, False, id_key)
-    shown = ", ".join(f"{name} ({type_})" for name, type_ in list(types.items())[:COLUMNS_SHOWN])
-    more = ", ..." if len(types) > COLUMNS_SHOWN else ""
-    raise UserError(
-        f"{where}: no text column {options.text_key!r}{nearest(options.text_key, types)} and no token column "
-        f"{options.tokens_key!r}; columns found: {shown or 'none'}{more} (choose with --text-key or --tokens-key)"
-    )
-
-
 def is_text(column: Any) -> bool:
     """Return whether a column type is a string."""
     from pyarrow import types
@@ -79,6 +54,38 @@ def is_token_list(column: Any) -> bool:
 
     is_list = types.is_list(column) or types.is_large_list(column) or types.is_fixed_size_list(column)
     return bool(is_list and types.is_integer(column.value_type))
+
+
+def choose_columns(
+    types: Mapping[str, Any],
+    options: ReadOptions,
+    where: str,
+    is_text: Callable[[Any], bool] = is_text,
+    is_tokens: Callable[[Any], bool] = is_token_list,
+) -> Columns:
+    """Return the text column, else the token column; with `tokens_first` the other way round.
+
+    `is_text` and `is_tokens` tell which types of columns are texts and token ids. `where` names the file in messages.
+
+    Raises:
+        UserError: neither column is there, or it has the wrong type.
+    """
+    text, tokens = options.text_key, options.tokens_key
+    id_key = options.id_key if options.id_key in types else None
+    if text in types and not (options.tokens_first and tokens in types):
+        if not is_text(types[text]):
+            raise UserError(f"{where}: column {text!r} is {types[text]}, not a string")
+        return Columns(text, True, id_key)
+    if tokens in types:
+        if not is_tokens(types[tokens]):
+            raise UserError(f"{where}: column {tokens!r} is {types[tokens]}, not a list of integers")
+        return Columns(tokens, False, id_key)
+    shown = ", ".join(f"{name} ({type_})" for name, type_ in list(types.items())[:COLUMNS_SHOWN])
+    more = ", ..." if len(types) > COLUMNS_SHOWN else ""
+    raise UserError(
+        f"{where}: no text column {text!r}{nearest(text, types)} and no token column {tokens!r}; columns found: "
+        f"{shown or 'none'}{more} (choose with --text-key or --tokens-key)"
+    )
 
 
 def batch_documents(
@@ -163,7 +170,8 @@ def parquet_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
         except (pyarrow.ArrowException, OSError) as error:
             reason = f"not a parquet file, or truncated: {file.bytes} bytes, {first_line(error)}"
             raise UserError(f"{file.url}: {reason}") from None
-        columns = choose_columns(parquet.schema_arrow, options, file.url)
+        schema = parquet.schema_arrow
+        columns = choose_columns(dict(zip(schema.names, schema.types, strict=True)), options, file.url)
         first_row = 0
         for group in range(parquet.metadata.num_row_groups):
             described = parquet.metadata.row_group(group)

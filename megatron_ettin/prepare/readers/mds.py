@@ -26,6 +26,7 @@ from megatron_ettin.prepare.input_file import (
     decompressed,
     raw_blocks,
 )
+from megatron_ettin.prepare.readers.columns import choose_columns
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
 from megatron_ettin.prepare.readers.mds_index import MdsShard, index_of, shard_from_json
 
@@ -69,42 +70,27 @@ def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 
 def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of a shard that is believed to be whole."""
-    content = content_column(shard, index_of(file), options)
-    id_column = next((i for i, (name, *_) in enumerate(shard.columns) if name == options.id_key), None)
-    is_text = shard.columns[content][1] == "str"
+    encodings = {name: encoding for name, encoding, _ in shard.columns}
+    columns = choose_columns(encodings, options, index_of(file), lambda encoding: encoding == "str", is_id_array)
+    numbers = {name: i for i, (name, *_) in enumerate(shard.columns)}
     for number, sample in enumerate(samples(file, shard)):
         where = f"{file.url}#{number}"
-        name = None if id_column is None else scalar(sample[id_column], shard.columns[id_column][1], where)
+        name = None if columns.id is None else scalar(sample[numbers[columns.id]], encodings[columns.id], where)
         name = f"{file.name}#{number}" if name is None else name
-        if is_text:
-            yield Document(file, name, text=text_value(sample[content], where))
+        content = sample[numbers[columns.content]]
+        if columns.is_text:
+            yield Document(file, name, text=text_value(content, where))
         else:
             assert options.tokenizer is not None
-            sequences = array_rows(sample[content], shard.columns[content][1], where)
+            sequences = array_rows(content, encodings[columns.content], where)
             yield Document(file, name, tokens=document_tokens(sequences, where, options.tokenizer))
 
 
-def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
-    """Return the number of the text column, else of the token column. Raises UserError."""
-    encodings = {name: (i, encoding) for i, (name, encoding, _) in enumerate(shard.columns)}
-    if options.text_key in encodings and not (options.tokens_first and options.tokens_key in encodings):
-        number, encoding = encodings[options.text_key]
-        if encoding != "str":
-            raise UserError(f"{index}: column {options.text_key!r} is encoded as {encoding!r}, not as 'str'")
-        return number
-    if options.tokens_key in encodings:
-        number, encoding = encodings[options.tokens_key]
-        name, _, rest = encoding.partition(":")
-        dtype = rest.partition(":")[0]
-        if name != "ndarray" or (dtype and not is_integer(dtype)):
-            wanted = "not an ndarray of integers"
-            raise UserError(f"{index}: column {options.tokens_key!r} is encoded as {encoding!r}, {wanted}")
-        return number
-    columns = ", ".join(f"{name} ({encoding})" for name, encoding, _ in shard.columns)
-    raise UserError(
-        f"{index}: no text column {options.text_key!r} and no token column {options.tokens_key!r}; "
-        f"columns found: {columns or 'none'} (choose with --text-key or --tokens-key)"
-    )
+def is_id_array(encoding: str) -> bool:
+    """Return whether an encoding is that of an ndarray of integers. One that names no dtype is checked in the data."""
+    name, _, rest = encoding.partition(":")
+    dtype = rest.partition(":")[0]
+    return name == "ndarray" and (not dtype or is_integer(dtype))
 
 
 def is_integer(dtype: str) -> bool:
