@@ -7,6 +7,7 @@ copied. What a remote file system says of a file's last change (time, ETag) is k
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +20,6 @@ from megatron_ettin.base.paths import checked_name, path_in
 BUFFER_BYTES = 1 << 20
 # size of a read: a request over a network costs tens of milliseconds
 REMOTE_BLOCK_BYTES = 8 << 20
-# protocol -> what to install for it
-PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "abfs": "adlfs",
-    "az": "adlfs",
-    "oci": "ocifs",
-    "sftp": "paramiko",
-    "hdfs": "pyarrow",
-}
 CHANGE_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -110,8 +96,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url)
         return system, str(path)
     except ImportError as error:
-        package = PACKAGES.get(protocol.rpartition("::")[2])
-        how = f"pip install {package}" if package else first_line(error)
+        how = first_line(error)
         raise UserError(f"{url}: reading {protocol}:// needs a package that is not installed ({how})") from None
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "hf", "memory"))
@@ -131,7 +116,7 @@ def find(url: str) -> Entry | None:
             return None
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        return Entry(path, os.path.isdir(path), status.st_size, str(status.st_mtime_ns))
+        return Entry(path, stat.S_ISDIR(status.st_mode), status.st_size, str(status.st_mtime_ns))
     system, remote = file_system_of(url)
     try:
         return entry_of(url, system.info(remote))
@@ -146,10 +131,11 @@ def entries(folder: str) -> list[Entry]:
     path = local_path(folder)
     if path is not None:
         try:
-            with os.scandir(path) as scanned:
-                return sorted((e for raw in scanned if (e := local_entry(raw))), key=lambda entry: entry.url)
+            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         except OSError as error:
-            raise UserError(f"{error.filename or path}: {error.strerror}") from None
+            raise UserError(f"{path}: {error.strerror}") from None
+        # a link to nowhere is not there
+        return [entry for name in names if (entry := find(joined(path, name)))]
     system, remote = file_system_of(folder)
     try:
         listed = system.ls(remote, detail=True)
@@ -157,18 +143,6 @@ def entries(folder: str) -> list[Entry]:
         raise unreachable(folder, error) from None
     named = {raw["name"].rstrip("/").rpartition("/")[2]: raw for raw in listed if not is_folder_itself(raw, remote)}
     return [entry_of(joined(folder, name), named[name]) for name in sorted(named) if name and not name.startswith(".")]
-
-
-def local_entry(raw: os.DirEntry[str]) -> Entry | None:
-    """Describe an entry of a local directory; None for a hidden one and a link to nowhere."""
-    if raw.name.startswith("."):
-        return None
-    try:
-        status = raw.stat()
-    except FileNotFoundError:
-        # a link to nowhere
-        return None
-    return Entry(raw.path, raw.is_dir(), status.st_size, str(status.st_mtime_ns))
 
 
 def is_folder_itself(raw: dict[str, Any], remote: str) -> bool:

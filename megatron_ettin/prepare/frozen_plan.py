@@ -1,8 +1,8 @@
 """Freeze the settings, the inputs and the tasks of an unfinished dataset in prepare.json, at the first launch.
 
 Every later launch, with any number of workers and any executor, works on these tasks. Task 17 always means the same
-bytes of the same files, so the record "task 17 is done" stays true. An input that has changed since is refused by name.
-`--replan` makes new tasks and keeps the finished ones whose input has not changed.
+bytes of the same files, so the record "task 17 is done" stays true. Once a task is finished, an input that has changed
+since is refused by name. `--replan` makes new tasks and keeps the finished ones whose input has not changed.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ VERSION = 1
 
 
 def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan: bool) -> list[Task]:
-    """Return the frozen tasks of a work folder; if there are none, make tasks and freeze them.
+    """Return the frozen tasks of a work folder. Make and freeze new ones if there are none or if anything has changed.
 
     Args:
         work: the work folder of the dataset.
         settings: the settings of `ettin prepare` that decide the content.
         files: the input files, in order.
-        replan: whether to make new tasks if settings or inputs have changed.
+        replan: whether to make new tasks although some are finished. Without finished tasks they are made in any case.
 
     Raises:
         UserError: without `replan`, a plan with finished tasks was made for other settings or inputs.
     """
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
-    if stored is not None and {key: stored.get(key) for key in wanted} == wanted:
+    difference = first_difference(stored, wanted) if stored else ""
+    if stored and not difference:
         return tasks_of(stored)
     kept = 0
     tasks = cut_tasks(files)
-    if stored is not None and any_finished(work, stored):
-        difference = first_difference(stored, wanted)
+    if stored and any(record_path(work, i).is_file() for i in range(stored["num_tasks"])):
         if not replan:
             raise UserError(
                 f"{work}: begun with other settings or inputs: {difference}; run what it was begun with, or add "
@@ -58,7 +58,10 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
         kept = keep_unchanged(work, stored, wanted, tasks)
     if not kept:
         empty(work)
-    write_json(work / FILE_NAME, {**wanted, **packed(tasks, files)})
+    # by number, so that each of 100,000 files is named only once
+    number = {file: i for i, file in enumerate(files)}
+    cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
+    write_json(work / FILE_NAME, {**wanted, "num_tasks": len(tasks), "tasks": cut})
     load_tasks.cache_clear()
     return tasks
 
@@ -81,13 +84,6 @@ def load_tasks(work: Path) -> list[Task]:
     return tasks_of(stored)
 
 
-def packed(tasks: list[Task], files: list[InputFile]) -> dict[str, Any]:
-    """Return the tasks as JSON that refers to files by number, so that 100,000 files are named only once each."""
-    number = {file: i for i, file in enumerate(files)}
-    cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
-    return {"num_tasks": len(tasks), "tasks": cut}
-
-
 def tasks_of(stored: dict[str, Any]) -> list[Task]:
     """Return the tasks of a stored plan."""
     files = [restored_file(raw) for raw in stored["inputs"]]
@@ -97,13 +93,8 @@ def tasks_of(stored: dict[str, Any]) -> list[Task]:
     ]
 
 
-def any_finished(work: Path, stored: dict[str, Any]) -> bool:
-    """Return whether any task of the stored plan has a record, which means that it is finished."""
-    return any(record_path(work, i).is_file() for i in range(stored["num_tasks"]))
-
-
 def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Describe the first difference between a stored plan and the wanted one, for a message."""
+    """Describe the first difference between a stored plan and the wanted one, for a message; empty if there is none."""
     before, now = stored["settings"], wanted["settings"]
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
@@ -119,7 +110,7 @@ def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
             return f"{url} had {old[url]['bytes']} bytes and has {new[url]['bytes']}"
         if old[url] != new[url]:
             return f"{url} was written since"
-    return "the order of the inputs"
+    return "" if stored["inputs"] == wanted["inputs"] else "the order of the inputs"
 
 
 def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], tasks: list[Task]) -> int:
@@ -164,10 +155,7 @@ def is_whole(work: Path, index: int) -> bool:
 def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) -> str:
     """Describe the first difference to the frozen settings and inputs; empty if there is none or nothing is frozen."""
     stored = read_plan(work)
-    wanted = wanted_plan(settings, files)
-    if stored is None or {key: stored.get(key) for key in wanted} == wanted:
-        return ""
-    return first_difference(stored, wanted)
+    return first_difference(stored, wanted_plan(settings, files)) if stored else ""
 
 
 def stored_file(file: InputFile) -> dict[str, Any]:
