@@ -86,21 +86,18 @@ def load_batches(
 
 def checked(items: Iterator[HostBatch | str]) -> Iterator[HostBatch]:
     """Yield the micro-batches that workers made. Raises RankError with a worker's error, or where one was lost."""
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RankError(
-                f"data.workers: {first_line(error)}; out of memory, or a data file that shrank? data.workers=0 reads in"
-                " the training process"
-            ) from None
-        if isinstance(item, str):
-            raise RankError(item)
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, str):
+                raise RankError(item)
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RankError(
+            f"data.workers: {first_line(error)}; out of memory, or a data file that shrank? data.workers=0 reads in"
+            " the training process"
+        ) from None
 
 
 def worker_count(wanted: int | None, is_gpu: bool) -> int:

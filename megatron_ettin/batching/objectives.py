@@ -2,7 +2,7 @@
 
 `mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
 80 % become [MASK], half of the rest a uniformly random id, the others stay). Its random numbers are a hash of (seed,
-phase, order index, token), so masks are the same on every layout and after every resume.
+phase, order index, token position), so masks are the same on every layout and after every resume.
 `clm` shifts by one inside each chunk; the last token of a chunk predicts nothing.
 `mntp` masks as `mlm` does, and the position before a masked token predicts it. The first token of a chunk is never
 masked, because no position before it could predict it.
@@ -15,9 +15,7 @@ the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,26 +28,10 @@ from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.hashing import key64, mix64
 from megatron_ettin.data.sampler import BatchSizes
 
-# of the tokens that are chosen for masking, the share that becomes [MASK] and the share that becomes a random id
+# of the tokens chosen for masking: share replaced by [MASK], share replaced by a random id
 MASKED, RANDOM = 0.8, 0.1
 
 IntArray = npt.NDArray[np.integer]
-
-
-class Vocabulary(Protocol):
-    """Token ids of a tokenizer, as a dataset records them."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of token ids."""
-
-    @property
-    def special_ids(self) -> Sequence[int]:
-        """Return the ids of special tokens, which are never masked."""
-
-    @property
-    def mask_id(self) -> int | None:
-        """Return the id of [MASK]; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +71,25 @@ class MaskingCollator:
             return ids, labels
         if objective == "mlm":
             return self._mask(ids, order_index)
-        inputs, labels = self._mask(ids, order_index, never=np.cumsum(lengths) - lengths)
+        inputs, labels = self._mask(ids, order_index, unmaskable=np.cumsum(lengths) - lengths)
         return inputs, np.append(labels[1:], IGNORE)
 
-    def _mask(self, tokens: IntArray, order_index: int, never: IntArray | None = None) -> tuple[IntArray, IntArray]:
-        """Return masked inputs, and labels with the original tokens there; positions in `never` are not masked."""
+    def _mask(
+        self, tokens: IntArray, order_index: int, unmaskable: IntArray | None = None
+    ) -> tuple[IntArray, IntArray]:
+        """Return masked inputs, and labels with the original tokens there; positions in `unmaskable` are not masked."""
         row_key = mix64(np.array([order_index], dtype=np.uint64) ^ np.uint64(self.seed_key))
         draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
         chosen = _uniform(draw) < self.probability
         chosen &= ~np.isin(tokens, self.special_ids)
-        if never is not None:
-            chosen[never] = False
-        fate = _uniform(mix64(draw ^ np.uint64(0x5851F42D4C957F2D)))
+        if unmaskable is not None:
+            chosen[unmaskable] = False
+        replacement_draw = _uniform(mix64(draw ^ np.uint64(0x5851F42D4C957F2D)))
         random_ids = _uniform(mix64(draw ^ np.uint64(0x14057B7EF767814F))) * self.vocab_size
         # `make_collator` refuses a tokenizer without one
         assert self.mask_id is not None
-        inputs = np.where(chosen & (fate < MASKED), self.mask_id, tokens)
-        replaced = chosen & (fate >= MASKED) & (fate < MASKED + RANDOM)
+        inputs = np.where(chosen & (replacement_draw < MASKED), self.mask_id, tokens)
+        replaced = chosen & (replacement_draw >= MASKED) & (replacement_draw < MASKED + RANDOM)
         inputs = np.where(replaced, random_ids.astype(np.int64), inputs)
         return inputs, np.where(chosen, tokens, IGNORE)
 
@@ -116,25 +100,25 @@ def _uniform(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     return uniform
 
 
-def make_collator(objective: str, vocabulary: Vocabulary, probability: float, seed: int, phase: str) -> MaskingCollator:
+def make_collator(objective: str, corpus: BlendedDataset, probability: float, seed: int, phase: str) -> MaskingCollator:
     """Return the collator of an objective. Raises UserError if it needs a mask token and the tokenizer has none.
 
     Args:
         objective: the run's objective.
-        vocabulary: the token ids.
+        corpus: the run's data, whose tokenizer has the token ids.
         probability: share of the tokens that are chosen for masking.
         seed: seed of the run.
         phase: phase of the run, which is part of every key.
     """
-    if OBJECTIVES[objective].needs_mask_token and vocabulary.mask_id is None:
+    if OBJECTIVES[objective].needs_mask_token and corpus.mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
     return MaskingCollator(
         OBJECTIVES[objective].row_objectives,
         probability,
         key64("mlm", seed, phase),
-        vocabulary.vocab_size,
-        tuple(vocabulary.special_ids),
-        vocabulary.mask_id,
+        corpus.vocab_size,
+        tuple(corpus.special_ids),
+        corpus.mask_id,
     )
 
 
@@ -150,7 +134,7 @@ class ObjectiveMix:
 
     row_objectives: tuple[str, ...]
     """One row objective for all rows; under a hybrid objective that of the causal rows, then that of the others."""
-    points: Points = ()
+    clm_fraction_schedule: Points = ()
     """Share of causal rows of a hybrid objective, as a function of the nominal tokens of the run so far."""
     seed: int = 0
     """Seed of the run."""
@@ -171,9 +155,9 @@ class ObjectiveMix:
     def causal_rows(self, sizes: BatchSizes, step: int) -> int:
         """Return the number of causal rows of `step`. A share of 2.4 rows gives 2 or 3, and 2.4 on average."""
         rows = sizes.size_at(step)
-        if not self.points:
+        if not self.clm_fraction_schedule:
             return rows if ROW_OBJECTIVES[self.row_objectives[0]].causal else 0
-        share = share_at(self.points, sizes.rows_before(step) * self.mean_tokens_per_row)
+        share = share_at(self.clm_fraction_schedule, sizes.rows_before(step) * self.mean_tokens_per_row)
         draw = (key64("kinds", self.seed, self.phase, step) >> 11) * 2.0**-53
         return min(rows, int(share * rows + draw))
 
