@@ -72,23 +72,13 @@ class Dataset:
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.num_chunks} chunks, {self.num_tokens} tokens)"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # without the maps and caches
-        return {"path": self.path, "manifest": self.manifest}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path, Manifest]]:
+        return type(self), (self.path, self.manifest)
 
     def chunk(self, i: int) -> npt.NDArray[np.integer]:
         """Return the tokens of chunk `i`, [CLS] to [SEP]: a read-only view of the memory map."""
         shard, local = self._locate(i)
         return self._shard(shard).chunk(local)
-
-    @property
-    def chunk_lengths(self) -> npt.NDArray[np.int32]:
-        """Return the tokens of every chunk, in order: 4 bytes of memory a chunk."""
-        parts = [self._shard(shard).chunk_lengths for shard in range(len(self.manifest.shards))]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def lengths_of(self, chunks: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the tokens of each of the chunks, reading only the shards they are in."""

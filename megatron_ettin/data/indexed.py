@@ -163,24 +163,25 @@ def open_shard(prefix: Path, scattered: bool = True) -> MappedShard:
         UserError: the .idx is not a Megatron index, or is truncated.
     """
     index_path = prefix.with_suffix(".idx")
-    mapped = map_scattered if scattered else map_in_order
-    raw = mapped(index_path, np.dtype(np.uint8))
+    raw = map_file(index_path, np.uint8, scattered)
     header = parse_header(raw[: HEADER.size].tobytes(), str(index_path), raw.size)
     lengths = np.frombuffer(raw, "<i4", header.sequences, HEADER.size)
     offsets = np.frombuffer(raw, "<i8", header.sequences, header.pointers_at)
     document_indices = np.frombuffer(raw, "<i8", header.boundaries, header.documents_at)
-    return MappedShard(mapped(prefix.with_suffix(".bin"), header.dtype), lengths, offsets, document_indices, index_path)
+    tokens = map_file(prefix.with_suffix(".bin"), header.dtype, scattered)
+    return MappedShard(tokens, lengths, offsets, document_indices, index_path)
 
 
-def map_scattered(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Map a file as a read-only array of `dtype` [n] for random access. Raises OSError."""
+def map_file(path: Path, dtype: npt.DTypeLike, scattered: bool = True) -> npt.NDArray[Any]:
+    """Map a file as a read-only array of `dtype` [n], for random access if `scattered`. Raises OSError."""
     with open(path, "rb") as stream:
         stream.seek(0, 2)
         size = stream.tell()
         if size == 0:
             return np.zeros(0, dtype)
         mapped = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
+    if scattered:
+        mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype, size // np.dtype(dtype).itemsize)
 
 
@@ -190,8 +191,3 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
     if mapped.size:
         mapped._mmap.madvise(mmap.MADV_RANDOM)
     return np.asarray(mapped)
-
-
-def map_in_order(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Map a file as a read-only array of `dtype` [n] for reading from end to end."""
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)

@@ -169,11 +169,11 @@ def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, s
     No more parts wait on disk than twice the workers.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_serve, initargs=(folder, dataset, seq_len)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=serve_parent) as pool:
         waiting: deque[Future[Path]] = deque()
         try:
             for segment in range(segments):
-                waiting.append(pool.submit(_pack_part, segment))
+                waiting.append(pool.submit(_pack_part, folder, dataset, seq_len, segment))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -182,20 +182,8 @@ def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, s
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-# in a worker process: folder, dataset and seq_len that it works on
-_served: tuple[Path, Dataset, int] | None = None
-
-
-def _serve(folder: Path, dataset: Dataset, seq_len: int) -> None:
-    global _served
-    serve_parent()
-    _served = folder, dataset, seq_len
-
-
-def _pack_part(segment: int) -> Path:
+def _pack_part(folder: Path, dataset: Dataset, seq_len: int, segment: int) -> Path:
     """Pack one segment to part files of its own; return their path without the name of the column."""
-    assert _served is not None
-    folder, dataset, seq_len = _served
     prefix = f"part_{segment:06d}."
     with RowWriter(folder, PACKING_DTYPES, prefix) as files:
         for rows in packed_windows(dataset, segment, seq_len):

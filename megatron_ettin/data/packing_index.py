@@ -111,11 +111,8 @@ class PackingIndex:
             return None
         return cls(folder, record, dataset)
 
-    def __getstate__(self) -> tuple[Path, PackingRecord, Dataset, RowArrays | None]:
-        return self.folder, self.record, self._dataset, self._given
-
-    def __setstate__(self, state: tuple[Path, PackingRecord, Dataset, RowArrays | None]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[PackingIndex], tuple[Path, PackingRecord, Dataset, RowArrays | None]]:
+        return type(self), (self.folder, self.record, self._dataset, self._given)
 
     def chunks_of_rows(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Look up many rows [n] at once.

@@ -25,7 +25,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import TEMPORARY, atomic_folder, file_lock
 from megatron_ettin.base.parsing import checked_digest, load_json
 from megatron_ettin.base.paths import path_in
-from megatron_ettin.data.indexed import map_scattered, narrowed
+from megatron_ettin.data.indexed import map_file, narrowed
 from megatron_ettin.data.manifest import FileRecord, check_size, file_records
 
 IntArray = npt.NDArray[np.integer]
@@ -247,7 +247,7 @@ class RowArrays:
 
 def map_columns(folder: Path, dtypes: Dtypes) -> dict[str, npt.NDArray[Any]]:
     """Map the columns in a folder, by file name."""
-    return {name: map_scattered(folder / name, dtype) for name, dtype in dtypes.items()}
+    return {name: map_file(folder / name, dtype) for name, dtype in dtypes.items()}
 
 
 def check_rows_exist(rows: npt.ArrayLike, num_rows: int) -> Int64Array:

@@ -6,14 +6,12 @@ only the first: a file system that lost one file has often lost more.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.base.digests import damaged_ranges, read_checksums, shard_digest
+from megatron_ettin.base.digests import damaged_ranges, in_threads, read_checksums, shard_digest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json
 from megatron_ettin.base.paths import path_in
@@ -28,7 +26,6 @@ from megatron_ettin.data.manifest import (
 )
 from megatron_ettin.data.row_files import UNREADABLE, OrderRecord, PackingRecord, read_record
 
-THREADS = 8
 RANGES_SHOWN = 4
 REBUILD = " (remove its folder: it is built again)"
 
@@ -65,8 +62,7 @@ class Verified:
 def verify_files(expected: list[Expected]) -> Verified:
     """Read the files and compare them with their records."""
     began = time.monotonic()
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        problems = [problem for problem in pool.map(problem_of, expected) if problem]
+    problems = [problem for problem in in_threads(problem_of, expected) if problem]
     size = sum(file.record.bytes for file in expected)
     return Verified(problems, len(expected), size, time.monotonic() - began)
 

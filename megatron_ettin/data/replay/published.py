@@ -22,6 +22,7 @@ from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
 from megatron_ettin.data.indexed import open_shard
 from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
+from megatron_ettin.data.packing_index import check_rows
 from megatron_ettin.data.replay.files import RecordedRows, open_parquet
 
 # consecutive samples that are packed together
@@ -45,12 +46,8 @@ def published_rows(
     Raises:
         UserError: some samples are in no dataset and `missing` is not "skip", or chunks do not fit rows of `seq_len`.
     """
-    longest = max(datasets, key=lambda dataset: dataset.manifest.longest_chunk_tokens)
-    if batching == "packed" and longest.manifest.longest_chunk_tokens > seq_len:
-        raise UserError(
-            f"dataset {longest.path}: chunks of {longest.manifest.longest_chunk_tokens} tokens do not fit rows of"
-            f" data.seq_len = {seq_len}; raise seq_len or use data.batching=padded, which cuts them"
-        )
+    for dataset in datasets:
+        check_rows(dataset, seq_len, batching)
     tokenizer = datasets[0].manifest.tokenizer
     samples = [open_parquet(path).metadata.num_rows for path in paths]
     hashes = np.empty(sum(samples), np.uint64)

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,11 +65,8 @@ class RecordedSampler:
         self._sources, self._rows = columns[SOURCES_FILE], columns[ROWS_FILE]
         self._arrays = RowArrays(columns[CHUNKS_FILE], columns[ENDS_FILE], columns[TOKENS_FILE])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "record": self.record, "fingerprints": self.fingerprints}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[RecordedSampler], tuple[Path, OrderRecord, list[str]]]:
+        return type(self), (self.folder, self.record, self.fingerprints)
 
     @property
     def tokens_by_source(self) -> list[int]:
