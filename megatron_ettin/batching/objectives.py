@@ -9,7 +9,7 @@ masked, because no position before it could predict it.
 
 Rows of a step come in the shuffled order of the data, so its first slots are a random sample. Under a hybrid objective
 the first slots have causal rows, and the others have rows with masked tokens. So a micro-batch of any layout has its
-causal rows first, and all but one of a step have rows of one objective. The number of causal rows is a pure function of
+causal rows first. At most one micro-batch of a step mixes objectives. The number of causal rows is a pure function of
 the step.
 """
 

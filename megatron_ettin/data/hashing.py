@@ -1,8 +1,8 @@
 """Hash counters: every random choice about data is a hash of what it concerns, never a generator's history.
 
-`key64` turns names and numbers into a 64-bit key once (sha256, slow, collision-free); `mix64` spreads 64-bit
-counters (splitmix64's finaliser, vectorised, not cryptographic). A choice is then mix64(key + counter): the same on
-every rank, after every resume and whatever was drawn before it.
+`key64` turns names and numbers into a 64-bit key once (sha256, slow; two keys are equal with probability 2**-64).
+`mix64` spreads 64-bit counters (splitmix64's finaliser, vectorised, not cryptographic). A choice is then
+mix64(key + counter): the same on every rank, after every resume and whatever was drawn before it.
 
 `Permutation` shuffles [0, n) without memory: an unbalanced Feistel network on the smallest power of two holding n,
 walked along its cycles until it lands inside [0, n). A shuffled epoch of 10**12 rows is thus a function, not a file:

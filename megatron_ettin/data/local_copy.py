@@ -36,7 +36,7 @@ KEY = "data.local_copy"
 
 
 @dataclass(frozen=True)
-class Unit:
+class FolderCopy:
     """A folder that is copied as a whole or not at all."""
 
     source: Path
@@ -112,15 +112,15 @@ def copy_path(dataset: Dataset, root: Path) -> Path:
     return path_in(root, f"dataset-{dataset.fingerprint[:32]}", dataset.path / FILE_NAME)
 
 
-def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path) -> Iterator[Unit]:
-    """Yield what of a dataset and its packing index is not under `root` yet.
+def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path) -> Iterator[FolderCopy]:
+    """Yield the folders of a dataset and its packing index that are not copied to `root` yet.
 
     A copy that lost a file goes back to its staging folder, where the file is added.
     """
     target = copy_path(dataset, root)
     names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}
     names |= {f"tokenizer/{name}": record for name, record in dataset.manifest.tokenizer_files.items()}
-    whole = Unit(dataset.path, target, names, FILE_NAME)
+    whole = FolderCopy(dataset.path, target, names, FILE_NAME)
     try:
         copied = open_dataset(target)
     except UserError:
@@ -133,28 +133,28 @@ def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path)
         path = target / index.folder.name
         existing = copied and PackingIndex.open(path, copied, index.seq_len, index.batching)
         if not existing or existing.fingerprint != index.fingerprint:
-            yield Unit(index.folder, path, index.record.files, PackingRecord.FILE)
+            yield FolderCopy(index.folder, path, index.record.files, PackingRecord.FILE)
 
 
-def copy(units: Sequence[Unit], root: Path, log: Callable[[str], None]) -> None:
+def copy(units: Sequence[FolderCopy], root: Path, log: Callable[[str], None]) -> None:
     """Copy datasets, and then the packing indices within them."""
     jobs = {unit.target: list(unit.missing()) for unit in units}
     needed = sum(record.bytes for missing in jobs.values() for _, record in missing)
     free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(
-            f"{KEY}: {root} has {bytes_text(free)} free, the data of this run needs {bytes_text(needed)} more;"
+            f"{KEY}: {root} has {format_bytes(free)} free, the data of this run needs {format_bytes(needed)} more;"
             " make room, name another folder, or leave the key out"
         )
     began, names = time.monotonic(), sorted({unit.source.name for unit in units})
-    log(f"{KEY}: copying {bytes_text(needed)} to {root} ({', '.join(names)})")
+    log(f"{KEY}: copying {format_bytes(needed)} to {root} ({', '.join(names)})")
     for unit in units:
         copy_unit(unit, jobs[unit.target])
     seconds = max(time.monotonic() - began, 1e-3)
-    log(f"{KEY}: copied in {seconds:,.1f} s, {bytes_text(needed / seconds)}/s, every sha256 checked")
+    log(f"{KEY}: copied in {seconds:,.1f} s, {format_bytes(needed / seconds)}/s, every sha256 checked")
 
 
-def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
+def copy_unit(unit: FolderCopy, missing: Sequence[tuple[str, FileRecord]]) -> None:
     """Copy the files to the staging folder, several at a time, and give it its name."""
     if unit.last == PackingRecord.FILE and unit.source.is_symlink():
         raise UserError(f"{KEY}: {unit.source}: a link below a dataset is not copied; put the folder itself there")
@@ -198,7 +198,7 @@ def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Ev
             raise UserError(f"{source}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")
 
 
-def bytes_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format a size for people: 1.2 TB, 34.5 GB, 12 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:

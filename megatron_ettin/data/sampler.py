@@ -5,11 +5,9 @@ indices come in blocks of BLOCK_SLOTS. Every block gives each source its fixed n
 (seed, phase, block); so a source's slots before a block are a multiplication, and its k-th slot is row
 permutation(k mod rows) of epoch k // rows. Each epoch has a key of its own.
 
-Proportions hold by construction. With B = BLOCK_SLOTS, a source that has c slots of every block and the exact share s:
-- in an aligned block it has c slots, and |c - s B| < 1 (largest remainder);
-- in any window of n slots the number of its own differs from s n by at most n / B + 2 c (1 - c / B). For a part of x
-  slots of one block holds between max(0, x + c - B) and min(x, c) of them, which is nowhere further from c x / B than
-  c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B.
+Proportions hold by construction. Let a source have c of the B = BLOCK_SLOTS slots of a block, and the exact share s.
+Then |c - s B| < 1 (largest remainder). In any window of n slots the number of its own differs from s n by at most
+n / B + 2 c (1 - c / B). docs/mixtures.md has the proof.
 """
 
 from __future__ import annotations
@@ -63,8 +61,8 @@ class ShuffledSampler:
         flat = np.atleast_1d(given).ravel()
         if flat.size and int(flat.min()) < 0:
             raise IndexError(f"order index {int(flat.min())}: order indices begin at 0")
-        source, turn = self._source_and_turn(flat)
-        epoch, index = np.divmod(turn, np.asarray(self.num_rows, np.int64)[source])
+        source, occurrence = self._source_and_occurrence(flat)
+        epoch, index = np.divmod(occurrence, np.asarray(self.num_rows, np.int64)[source])
         row = np.empty_like(index)
         for s in np.unique(source).tolist():
             of_source = source == s
@@ -73,19 +71,19 @@ class ShuffledSampler:
                 row[chosen] = self._permutation(s, e)(index[chosen]).astype(np.int64)
         return source.reshape(given.shape), row.reshape(given.shape), epoch.reshape(given.shape)
 
-    def _source_and_turn(self, order_indices: Int64Array) -> tuple[Int64Array, Int64Array]:
+    def _source_and_occurrence(self, order_indices: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return the source of each order index, and how many slots that source had before it."""
         if len(self.counts) == 1:
             return np.zeros_like(order_indices), order_indices
-        source, turn = np.empty_like(order_indices), np.empty_like(order_indices)
+        source, occurrence = np.empty_like(order_indices), np.empty_like(order_indices)
         blocks, slots = np.divmod(order_indices, BLOCK_SLOTS)
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
-            source_of_slot, turn_of_slot = self._block(block)
+            source_of_slot, occurrence_of_slot = self._block(block)
             source[chosen] = source_of_slot[slots[chosen]]
-            turn[chosen] = turn_of_slot[slots[chosen]]
+            occurrence[chosen] = occurrence_of_slot[slots[chosen]]
         before: Int64Array = np.asarray(self.counts, np.int64)[source] * blocks
-        return source, turn + before
+        return source, occurrence + before
 
     def _shuffled_block(self, block: int) -> tuple[Int64Array, Int64Array]:
         """Return the source of each slot of a block, and the source's slots before it within the block."""
@@ -93,15 +91,15 @@ class ShuffledSampler:
         shuffle = Permutation(BLOCK_SLOTS, key64("block", self.seed, self.phase, block))
         source = ordered[shuffle(np.arange(BLOCK_SLOTS)).astype(np.int64)]
         by_source = np.argsort(source, kind="stable")
-        turn = np.empty_like(source)
-        turn[by_source] = np.concatenate([np.arange(count, dtype=np.int64) for count in self.counts])
-        return source, turn
+        occurrence = np.empty_like(source)
+        occurrence[by_source] = np.concatenate([np.arange(count, dtype=np.int64) for count in self.counts])
+        return source, occurrence
 
     def _keyed_permutation(self, source: int, epoch: int) -> Permutation:
         return Permutation(self.num_rows[source], key64("rows", self.seed, self.phase, source, epoch))
 
 
-# number of batch sizes that a warm-up passes through
+# most levels of a batch warm-up
 WARMUP_LEVELS = 32
 
 
@@ -152,12 +150,12 @@ class BatchSizes:
 
     def steps_for(self, rows: float) -> int:
         """Return the number of steps until so many rows have been trained on."""
-        # an upper bound
+        # upper bound of the bisection: all steps at the smallest batch
         steps = math.ceil(rows / min(self.rows))
         return bisect.bisect_left(range(steps + 1), rows, key=self.rows_before)
 
     def steps_within(self, rows: int) -> int:
         """Return the number of whole steps that so many rows are enough for."""
-        # an upper bound
+        # upper bound of the bisection: all steps at the smallest batch
         steps = rows // min(self.rows)
         return bisect.bisect_right(range(steps + 1), rows, key=self.rows_before) - 1

@@ -5,10 +5,10 @@ third asserts that it is there. `end_token` therefore has all three readings: ev
 the assertion and the encoder's loader ask for), only a document's last chunk does, or none does. The pieces are
 chunk_tokens - 2 long in each case, as in the scripts.
 
-A document's last piece is dropped when shorter than skip_tokens (unless it is the only one), and filled up from the
-piece before it when shorter than min_chunk_tokens: the boundary moves back by 0 to chunk_tokens - 3 - rest tokens, so
-no token is read twice, the two pieces keep at least `rest` tokens each and their lengths are spread evenly, which is
-what lets rows be packed full. The recipe draws the number at random; here the document's hash does, the same in every
+A document's last piece is dropped when shorter than skip_tokens, unless it is the only one. It is filled up from the
+piece before it when shorter than min_chunk_tokens: the boundary moves back by 0 to chunk_tokens - 3 - rest tokens. So
+no token is read twice, and the two pieces keep at least `rest` tokens each. Their lengths are uniformly distributed,
+which lets rows be packed full. The recipe draws the number at random; here the document's hash does, the same in every
 run. Encoder and decoder read the same chunks.
 """
 
@@ -50,8 +50,8 @@ def chunk_rule(
 ) -> ChunkRule:
     """Return the rule of a chunk size. Raises UserError.
 
-    What is not given follows the recipe (half and an eighth of the chunk, at most 512 and 128). `min_chunk_tokens=0,
-    skip_tokens=0` cuts plainly and keeps every remainder as it is.
+    What is not given follows the recipe: RECIPE_LIMITS for its own sizes, else half and an eighth of the chunk, at most
+    512 and 128. `min_chunk_tokens=0, skip_tokens=0` cuts plainly and keeps every remainder as it is.
     """
     if chunk_tokens < SMALLEST_CHUNK_TOKENS:
         raise UserError(f"--chunk-tokens: {chunk_tokens}; at least {SMALLEST_CHUNK_TOKENS}")

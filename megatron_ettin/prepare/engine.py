@@ -61,7 +61,7 @@ def tokenizer_of(work: Path) -> Tokenizer:
 
 
 def error_path(work: Path, rank: int) -> Path:
-    """Return the file in which a task that failed leaves its one line."""
+    """Return the file in which a failed task leaves its one line."""
     return work / "errors" / f"{rank:05d}"
 
 

@@ -81,9 +81,9 @@ class PassedOver:
 
 def extensions(entries: list[Entry]) -> str:
     """Count the extensions of files, the commonest first: "312 .py, 4 .csv"."""
-    counted = Counter(os.path.splitext(entry.url)[1] or "no extension" for entry in entries).most_common()
-    more = sum(count for _, count in counted[EXTENSIONS_SHOWN:])
-    named = [f"{count:,} {suffix}" for suffix, count in counted[:EXTENSIONS_SHOWN]]
+    counts = Counter(os.path.splitext(entry.url)[1] or "no extension" for entry in entries).most_common()
+    more = sum(count for _, count in counts[EXTENSIONS_SHOWN:])
+    named = [f"{count:,} {suffix}" for suffix, count in counts[:EXTENSIONS_SHOWN]]
     return ", ".join([*named, *([f"{more:,} others"] if more else [])])
 
 

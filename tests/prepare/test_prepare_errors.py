@@ -47,7 +47,7 @@ CASES = {
         [],
         "a.jsonl:1: no key 'text'; keys found: body, id",
     ),
-    "text is no string": (write("a.jsonl", b'{"text": 5}\n'), [], "a.jsonl:1: 'text' is a int, not a string"),
+    "text is no string": (write("a.jsonl", b'{"text": 5}\n'), [], "a.jsonl:1: 'text' is of type int, not a string"),
     "no object": (write("a.jsonl", b"[1]\n"), [], "a.jsonl:1: a JSON list, not an object"),
     "other text key": (good, ["--text-key", "body"], "good.jsonl:1: no key 'body'; keys found: text"),
     "format": (

@@ -50,8 +50,8 @@ def exported_rows(
             rows = rows_of(path, lines, datasets, seq_len, batching, last)
             last = int(lines["step"][-1]), int(lines["slot"][-1])
             if ROW_COLUMN not in lines:
-                rows = replace(rows, rows=np.arange(first, first + len(rows.counts)))
-            first += len(rows.counts)
+                rows = replace(rows, rows=np.arange(first, first + len(rows.chunks_per_row)))
+            first += len(rows.chunks_per_row)
             yield replace(rows, nominal_tokens=notes.get("mean_tokens_per_row"))
 
 

@@ -16,7 +16,7 @@ from megatron_ettin.base.parsing import load_json
 
 # in the schema of what `ettin order --out` writes
 METADATA_KEY = b"megatron_ettin.order"
-# format -> the columns by which it is known
+# format -> columns that identify it
 FORMATS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("input_ids",)}
 
 
@@ -26,14 +26,14 @@ class RecordedRows:
 
     sources: npt.NDArray[np.int64]
     """Index [n] of each row's dataset in the mixture."""
-    counts: npt.NDArray[np.int64]
+    chunks_per_row: npt.NDArray[np.int64]
     """Chunks [n] of each row."""
     chunks: npt.NDArray[np.int64]
     """Chunk numbers [m], row after row."""
     tokens: npt.NDArray[np.int64]
     """Tokens [n] of each row."""
     rows: npt.NDArray[np.int64]
-    """Number [n] of each row in its dataset's packing index, or its order index where the file has no such number."""
+    """Row number [n] in the dataset's packing index; the order index if the file has none."""
     skipped_samples: int = 0
     nominal_tokens: float | None = None
     """Mean tokens of a row of the data that the order came from."""
@@ -43,7 +43,7 @@ def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]
     """List the files of `data.order`, sorted by the numbers in their names.
 
     Returns:
-        Paths, and (name, bytes, time of change) of each, by which a compiled order is known.
+        Paths, and (name, bytes, mtime in ns) of each, which are in the cache key of the compiled order.
 
     Raises:
         UserError: there is no such file.
@@ -53,7 +53,8 @@ def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]
         raise UserError(
             f"data.order: {given!r} is not a file or folder; give keyed, ORDER.parquet or a folder of these"
         )
-    paths = [root] if root.is_file() else sorted(root.rglob("[!.]*.parquet"), key=lambda path: by_numbers(root, path))
+    files = [root] if root.is_file() else root.rglob("[!.]*.parquet")
+    paths = sorted(files, key=lambda path: natural_sort_key(root, path))
     if not paths:
         raise UserError(f"data.order: {given}: no .parquet file in it")
     status = [path.stat() for path in paths]
@@ -61,7 +62,7 @@ def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]
     return paths, [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, status, strict=True)]
 
 
-def by_numbers(root: Path, path: Path) -> tuple[list[int], str]:
+def natural_sort_key(root: Path, path: Path) -> tuple[list[int], str]:
     """Return the sort key of a file: `checkpoint_000123/steps_20_to_29.parquet` -> 123, 20, 29, since widths differ."""
     name = str(path.relative_to(root))
     return [int(digits) for digits in re.findall(r"\d+", name)], name

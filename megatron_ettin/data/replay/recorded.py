@@ -151,7 +151,7 @@ def compile_order(
                     tokens.append(0)
             number = np.asarray([names.index(d.fingerprint) if d.fingerprint in names else -1 for d in datasets])
             sources = number[batch.sources]
-            files.append(batch.chunks, batch.counts, batch.tokens, sources=sources, rows=batch.rows)
+            files.append(batch.chunks, batch.chunks_per_row, batch.tokens, sources=sources, rows=batch.rows)
             for i, count in enumerate(np.bincount(sources, batch.tokens, len(names)).tolist()):
                 tokens[i] += int(count)
             skipped, nominal = skipped + batch.skipped_samples, batch.nominal_tokens or nominal

@@ -107,7 +107,7 @@ def text_of(record: Any, text_key: str) -> str:
         raise UserError(f"no key {text_key!r}; keys found: {keys or 'none'} (choose with --text-key)")
     text = record[text_key]
     if not isinstance(text, str):
-        raise UserError(f"{text_key!r} is a {type(text).__name__}, not a string")
+        raise UserError(f"{text_key!r} is of type {type(text).__name__}, not a string")
     return whole_characters(text)
 
 
