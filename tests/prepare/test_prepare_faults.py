@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,15 @@ def marked_processes(mark: str) -> list[psutil.Process]:
             if process.environ().get("ETTIN_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
                 processes.append(process)
     return processes
+
+
+def started_workers(pid: int) -> list[psutil.Process]:
+    """The worker processes of a command that have imported everything, which is when they ignore SIGINT."""
+    workers = [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    ignored = [re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text()) for worker in workers]
+    return [
+        one for one, mask in zip(workers, ignored, strict=True) if mask and int(mask[1], 16) & 1 << signal.SIGINT - 1
+    ]
 
 
 def finished_tasks(folder: Path) -> list[Path]:
@@ -117,8 +127,7 @@ def test_prepare_killed_worker_is_reported_and_rerun_completes(
     running = start(arguments, script, sigint, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
     # tasks 0 to 2 are done: the workers hold others, which do not end
     wait_for(lambda: len(finished_tasks(tmp_path)) == 3)
-    children = psutil.Process(running.pid).children()
-    next(child for child in children if "spawn_main" in " ".join(child.cmdline())).kill()
+    started_workers(running.pid)[0].kill()
     line = fails(running)
     assert "a worker process died" in line
     assert "run the same command again" in line
@@ -135,7 +144,7 @@ def test_prepare_interrupted_by_sigint_can_be_resumed(
 ) -> None:
     arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
     running = start(arguments, script, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
-    wait_for(lambda: len(finished_tasks(tmp_path)) == 3)
+    wait_for(lambda: len(finished_tasks(tmp_path)) == 3 and len(started_workers(running.pid)) == 2)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
