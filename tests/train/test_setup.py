@@ -13,6 +13,6 @@ def test_single_process_that_cannot_be_set_up_leaves_no_process_group() -> None:
     config = parse("17m", "mlm", "pretrain", None, overrides)
     # the second one must not meet what is left of the first
     for _ in range(2):
-        with pytest.raises(UserError, match="runtime.attention: flash"):
+        with pytest.raises(UserError, match=r"runtime\.attention: flash"):
             build_single_process(config)
         assert not dist.is_initialized()
