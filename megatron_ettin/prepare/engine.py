@@ -49,7 +49,7 @@ class IngestStep:
 
 
 def run_numbered(index: int, request: PrepareRequest) -> int:
-    """Run the task of that number in this process, with one thread of tokenizing. Returns the tokens written."""
+    """Run the task of that number in a worker process, with one thread of tokenizing. Returns the tokens written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return run_task(load_tasks(request.work)[index], request, tokenizer_of(request.work))
 
@@ -101,11 +101,14 @@ class Counter:
 
 
 def run_here(request: PrepareRequest, counter: Counter, progress: Progress) -> None:
-    """Run one task after another in this process."""
+    """Run one task after another in this process: one worker is one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     remove_unfinished(request.work)
+    # not what a worker keeps: this process may make another dataset at the same path later
+    tokenizer = load_tokenizer(request.work / "tokenizer")
     progress(counter.done, counter.total, counter.tokens)
-    for index in sorted(counter.pending):
-        counter.finish(index, run_numbered(index, request))
+    for task in [one for one in counter.tasks if one.index in counter.pending]:
+        counter.finish(task.index, run_task(task, request, tokenizer))
         progress(counter.done, counter.total, counter.tokens)
 
 

@@ -62,7 +62,6 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
     number = {file: i for i, file in enumerate(files)}
     cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
     write_json(work / FILE_NAME, {**wanted, "num_tasks": len(tasks), "tasks": cut})
-    load_tasks.cache_clear()
     return tasks
 
 

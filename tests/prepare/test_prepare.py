@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_prepare_rerun_is_complete_and_changed_settings_are_refused(
     (tmp_path / "mine" / "thesis.tex").touch()
     assert prepare_here(source, "--out", tmp_path / "mine", "--workers", 1) == 2
     assert "is not a dataset" in capsys.readouterr().err
+
+
+def test_prepare_path_used_twice_in_one_process_has_the_tokens_of_the_second_tokenizer(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(words(30, 1))
+    arguments = (tmp_path / "a.txt", "--out", tmp_path / "out", "--workers", 1)
+    assert prepare_here(*arguments) == 0
+    shutil.rmtree(tmp_path / "out")
+    assert prepare_here(*arguments, "--tokenizer", tiny_tokenizer) == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert max(dataset.chunk(0)) < dataset.manifest.tokenizer.vocab_size
 
 
 @pytest.fixture(scope="module")
