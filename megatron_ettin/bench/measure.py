@@ -15,8 +15,7 @@ import contextlib
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,18 +38,18 @@ from megatron_ettin.train.totals import StepResult
 TIMED_STEPS = 2
 
 
-@dataclass(frozen=True)
-class StepCounts:
-    """Steps of a measurement."""
-
-    warm_up: int
-    counted: int
-
-
 def measure(
-    config: Config, dataset: Any, env: DistributedEnv, platform: Platform, lengths: StepCounts
+    config: Config, dataset: Any, env: DistributedEnv, platform: Platform, warm_up: int, steps: int
 ) -> dict[str, Any]:
     """Measure one run on all ranks and return the figures, equal on every rank.
+
+    Args:
+        config: the run.
+        dataset: its rows.
+        env: this process among the ranks.
+        platform: its device.
+        warm_up: steps that are not counted.
+        steps: steps after them, which are counted.
 
     Raises:
         UserError: the run is not valid.
@@ -61,7 +60,7 @@ def measure(
     try:
         init_process_group(env, platform)
         train_state = setup_training(config, platform, env.world)
-        return measure_steps(train_state, dataset, lengths)
+        return measure_steps(train_state, dataset, warm_up, warm_up + steps)
     except BaseException as error:
         # its frames hold the groups, and the other ranks wait in them
         traceback.clear_frames(error.__traceback__)
@@ -74,11 +73,10 @@ def measure(
         destroy_process_group()
 
 
-def measure_steps(train_state: TrainState, dataset: Any, lengths: StepCounts) -> dict[str, Any]:
-    """Measure the steps of a run that is set up."""
+def measure_steps(train_state: TrainState, dataset: Any, warm_up: int, timed_from: int) -> dict[str, Any]:
+    """Measure a run that is set up: by the steps from `warm_up` to `timed_from`, then the phases of a few more."""
     platform, config = train_state.platform, train_state.config
     batches = Batches.of(config, dataset, train_state.layout, platform.device)
-    timed_from = lengths.warm_up + lengths.counted
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
     with batches.prefetched(0, end):
         results = []
@@ -86,19 +84,19 @@ def measure_steps(train_state: TrainState, dataset: Any, lengths: StepCounts) ->
         for step in range(timed_from):
             results.append(step_once(train_state, batches, step))
         phases, sent = time_phases(train_state, batches, timed_from)
-        tensors = platform.peak_memory_bytes() if platform.is_gpu else peak_tensor_bytes(train_state, batches, end - 1)
-    return summarize(train_state, results[lengths.warm_up :], phases, sent, tensors)
+        if platform.is_gpu:
+            tensor_bytes = platform.peak_memory_bytes()
+        else:
+            with PeakMemoryTracker() as live:
+                step_once(train_state, batches, end - 1)
+            tensor_bytes = live.peak_bytes
+    return summarize(train_state, results[warm_up:], phases, sent, tensor_bytes)
 
 
 def step_once(train_state: TrainState, batches: Batches, step: int) -> StepResult:
     """Run one step (from 0) as `ettin train` does: the detector decides whether the update waits for the figures."""
     train_state.progress = Progress(step)
     return train_step(train_state, batches, train_state.config.optim.lr, train_state.detector)
-
-
-def out_of_memory() -> type[BaseException]:
-    """Return the error that torch raises when a device's memory does not suffice."""
-    return torch.OutOfMemoryError
 
 
 def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -111,26 +109,15 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
     settings = train_state.model_chunks[0].config
     optimizer: Any = train_state.optimizer
     prepare, update = optimizer.prepare, optimizer.update
-
-    def timed_as_update(function: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            timers("optimizer").start()
-            try:
-                function(*arguments)
-            finally:
-                timers("optimizer").stop()
-
-        return call
-
     source: Any = batches
     made = source.step
     source.step = lambda step: timed_batches(made(step), timers)
     settings.timers, settings.barrier_with_L1_time = timers, False
-    optimizer.prepare, optimizer.update = timed_as_update(prepare), timed_as_update(update)
+    optimizer.prepare, optimizer.update = timers.span("optimizer")(prepare), timers.span("optimizer")(update)
     try:
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
-            with volumes.track(timers.communication):
+            with volumes.track(lambda axis: timers.span(COMMUNICATION + axis)):
                 seconds += step_once(train_state, batches, step).seconds
     finally:
         del source.step
@@ -140,23 +127,13 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
     return phases, {axis: sent / TIMED_STEPS for axis, sent in volumes.by_axis().items()}
 
 
-def peak_tensor_bytes(train_state: TrainState, batches: Batches, step: int) -> int:
-    """Return the bytes of the tensors that are alive at once at the peak of a step on this rank."""
-    with PeakMemoryTracker() as live:
-        step_once(train_state, batches, step)
-    return int(live.peak_bytes)
-
-
 def timed_batches(batches: Iterator[MicroBatch], timers: PhaseTimers) -> Iterator[MicroBatch]:
     """Yield the micro-batches, and time the waits for them as the phase "data"."""
     while True:
-        timers("data").start()
-        try:
-            batch = next(batches)
-        except StopIteration:
+        with timers.span("data"):
+            batch = next(batches, None)
+        if batch is None:
             return
-        finally:
-            timers("data").stop()
         yield batch
 
 
@@ -208,12 +185,7 @@ def summarize(
 
 
 # core's names -> ours; phases inside another one are not listed
-PHASES = {
-    "forward-compute": "forward",
-    "backward-compute": "backward",
-    "data": "data",
-    "optimizer": "optimizer",
-}
+PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 COMMUNICATION = "communication "
 
 
@@ -231,13 +203,13 @@ class PhaseTimers:
         return PhaseTimer(self, name)
 
     @contextlib.contextmanager
-    def communication(self, axis: str) -> Iterator[None]:
-        """Time what the ranks send over an axis inside the context."""
-        self.start(COMMUNICATION + axis)
+    def span(self, phase: str) -> Iterator[None]:
+        """Time what runs inside the context, or in a function that it decorates, as a phase."""
+        self.start(phase)
         try:
             yield
         finally:
-            self.stop(COMMUNICATION + axis)
+            self.stop(phase)
 
     def start(self, phase: str) -> None:
         """Begin a phase, perhaps inside another."""
@@ -255,7 +227,7 @@ class PhaseTimers:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every phase, after waiting for the device."""
         self.platform.synchronize()
-        sums = dict.fromkeys(PHASES.values(), 0.0)
+        sums = dict.fromkeys((*PHASES.values(), "data", "optimizer"), 0.0)
         for phase, inside, begin, end in self.spans:
             seconds = self.platform.elapsed_seconds(begin, end)
             sums[phase] = sums.get(phase, 0.0) + seconds

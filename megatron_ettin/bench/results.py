@@ -81,15 +81,13 @@ def check_writable(path: Path, option: str) -> None:
         raise UserError(f"{option} {path}: cannot be written")
 
 
-def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, Any]:
-    """Return the state of a measurement that ended with an error.
+def failure(error: BaseException) -> dict[str, Any]:
+    """Return the state of a measurement that ended with an error."""
+    import torch
 
-    Args:
-        error: the error.
-        no_memory: type of the error that torch raises when the device is full. A full host raises other errors.
-    """
     reason = first_line(error)[:200]
-    if isinstance(error, (no_memory, MemoryError)) or "can't allocate memory" in str(error):
+    # torch's error is of a full device; a full host raises the others
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return {"state": NO_MEMORY, "reason": reason}
     if isinstance(error, KeyboardInterrupt):
         return {"state": STOPPED}
@@ -197,8 +195,8 @@ def detail_lines(rows: list[dict[str, Any]]) -> list[str]:
     if best.get("predicted_memory_bytes"):
         names = {"tensors at its fullest": "peak_tensor_bytes", "as predicted": "predicted_memory_bytes"}
         names["in all (of a process without a GPU: resident)"] = "peak_memory_bytes"
-        detail_lines = ", ".join(f"{best[key] / 2**30:.2f} {name}" for name, key in names.items())
-        lines.append(f"memory of the fullest rank, GiB: {detail_lines}")
+        sizes = ", ".join(f"{best[key] / 2**30:.2f} {name}" for name, key in names.items())
+        lines.append(f"memory of the fullest rank, GiB: {sizes}")
     return lines
 
 

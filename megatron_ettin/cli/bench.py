@@ -136,7 +136,7 @@ def measure_one(
         UserError: the combination is not valid, and it is the only one.
     """
     from megatron_ettin.bench import results
-    from megatron_ettin.bench.measure import StepCounts, measure, out_of_memory
+    from megatron_ettin.bench.measure import measure
     from megatron_ettin.bench.synthetic import attended_chunk_tokens
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.plan.memory import estimate
@@ -158,7 +158,7 @@ def measure_one(
     try:
         config, dataset = resolve(args, row["size"], row["objective"], row["words"], env.world)
         has_begun = bool(keep({"state": results.BEGAN}))
-        figures = measure(config, dataset, env, platform, StepCounts(args.warm_up, args.steps))
+        figures = measure(config, dataset, env, platform, args.warm_up, args.steps)
     except UserError as error:
         if not is_only or has_begun:
             row = keep({"state": results.INVALID, "reason": str(error)})
@@ -166,7 +166,7 @@ def measure_one(
             raise
         return row
     except (Exception, KeyboardInterrupt) as error:
-        state, met = after_failure(env, platform, results.failure(error, out_of_memory()))
+        state, met = after_failure(env, platform, results.failure(error))
         kept = keep(state)
         if kept["state"] != results.NO_MEMORY or not met:
             # others wait in a collective: the job ends, and continues after this one when started again
