@@ -11,7 +11,6 @@ Empty row slots are those of a whole run's micro-batches, the batch warm-up's sm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_ettin.config.layouts import RowSplit, full_batch_split, has_fixed_shapes, micro_batch_group
 from megatron_ettin.config.schema import Config
@@ -20,15 +19,6 @@ from megatron_ettin.data.sampler import BatchSizes
 FORWARD, BACKWARD = "forward", "backward"
 # (direction, model chunk of the rank, micro-batch)
 Pass = tuple[str, int, int]
-
-
-@dataclass(frozen=True)
-class SimulatedStep:
-    """A simulated step."""
-
-    seconds: float
-    busy_seconds: tuple[float, ...]
-    """Seconds that each rank computes."""
 
 
 def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Pass]:
@@ -64,8 +54,6 @@ def _chunk_and_micro_batch(number: int, ranks: int, chunks: int) -> tuple[int, i
 
     Micro-batches come in groups of as many as there are ranks; a group passes through one chunk after the other.
     """
-    if chunks == 1:
-        return 0, number
     group, within = divmod(number, ranks * chunks)
     chunk, micro_batch = divmod(within, ranks)
     return chunk, group * ranks + micro_batch
@@ -77,7 +65,7 @@ def simulate(
     micro_batches: int,
     ranks: int,
     hop_seconds: float = 0.0,
-) -> SimulatedStep:
+) -> tuple[float, list[float]]:
     """Simulate a step over stages in model order (rank r has stages r, r + ranks, ...).
 
     Args:
@@ -86,48 +74,37 @@ def simulate(
         micro_batches: number of micro-batches.
         ranks: number of pipeline ranks.
         hop_seconds: to send a micro-batch to the next stage.
+
+    Returns:
+        (seconds of the step, seconds that each rank computes)
     """
     stages, chunks = len(forward_seconds), len(forward_seconds) // ranks
+    hop = hop_seconds if ranks > 1 else 0.0
     orders = [order_of_passes(rank, ranks, chunks, micro_batches) for rank in range(ranks)]
     free, busy, next_pass = [0.0] * ranks, [0.0] * ranks, [0] * ranks
-    # (direction, stage, micro-batch) -> when it was done
-    done: dict[tuple[str, int, int], float] = {}
-    left = sum(map(len, orders))
-    while left:
-        moved = False
+    # (position on the way up the stages and down again, micro-batch) -> when the pass was done
+    done: dict[tuple[int, int], float] = {}
+    while len(done) < 2 * stages * micro_batches:
+        before = len(done)
         for rank, order in enumerate(orders):
             while next_pass[rank] < len(order):
                 direction, chunk, micro_batch = order[next_pass[rank]]
                 stage = chunk * ranks + rank
-                ready = _ready(done, direction, stage, stages, micro_batch, hop_seconds if ranks > 1 else 0.0)
-                if ready is None:
+                position = stage if direction == FORWARD else 2 * stages - 1 - stage
+                arrived = done.get((position - 1, micro_batch)) if position else 0.0
+                if arrived is None:
                     break
+                # the first pass has no input, and the last stage turns back without a transfer
+                if position not in (0, stages):
+                    arrived += hop
                 took = (forward_seconds if direction == FORWARD else backward_seconds)[stage]
-                free[rank] = max(free[rank], ready) + took
+                free[rank] = max(free[rank], arrived) + took
                 busy[rank] += took
-                done[direction, stage, micro_batch] = free[rank]
+                done[position, micro_batch] = free[rank]
                 next_pass[rank] += 1
-                left -= 1
-                moved = True
-        if not moved:
+        if len(done) == before:
             raise ValueError(f"the schedule of {ranks} ranks and {micro_batches} micro-batches waits for itself")
-    return SimulatedStep(max(free), tuple(busy))
-
-
-def _ready(
-    done: dict[tuple[str, int, int], float], direction: str, stage: int, stages: int, micro_batch: int, hop: float
-) -> float | None:
-    """Return when a pass's input is there; None while that is not known."""
-    if direction == FORWARD:
-        needed = (FORWARD, stage - 1, micro_batch) if stage else None
-    elif stage == stages - 1:
-        return done.get((FORWARD, stage, micro_batch))
-    else:
-        needed = (BACKWARD, stage + 1, micro_batch)
-    if needed is None:
-        return 0.0
-    when = done.get(needed)
-    return None if when is None else when + hop
+    return max(free), busy
 
 
 # data-parallel degrees that `empty_shares` covers
@@ -152,16 +129,14 @@ def run_row_slots(config: Config, dp: int) -> tuple[int, int]:
     return rows, slots
 
 
-def empty_share(config: Config, dp: int) -> float:
-    """Return the share of the run's work that is empty row slots."""
-    rows, slots = run_row_slots(config, dp)
-    return 1 - rows / slots
-
-
 def empty_shares(config: Config) -> dict[int, float]:
-    """Return `empty_share` by data-parallel degree, for powers of two up to the rows of a step."""
+    """Return the share of the run's work that is empty row slots.
+
+    It is keyed by data-parallel degree, for powers of two up to the rows of a step.
+    """
     most = min(MOST_DP, config.batch.global_batch_rows)
-    return {dp: empty_share(config, dp) for dp in (2**n for n in range(most.bit_length()))}
+    counts = {2**n: run_row_slots(config, 2**n) for n in range(most.bit_length())}
+    return {dp: 1 - rows / slots for dp, (rows, slots) in counts.items()}
 
 
 def describe_shares(shares: dict[int, float]) -> str:

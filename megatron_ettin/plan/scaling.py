@@ -313,10 +313,10 @@ def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute
     """
     few = min(count, SIMULATED_GROUPS * ranks + count % ranks)
     forward = 1 / 4 if recompute else 1 / 3
-    step = simulate(
+    seconds, busy = simulate(
         [forward * seconds for seconds in stages], [(1 - forward) * seconds for seconds in stages], few, ranks, hop
     )
-    return step.seconds + (count - few) * max(step.busy_seconds) / few
+    return seconds + (count - few) * max(busy) / few
 
 
 def table(rows: Sequence[ScalingRow]) -> str:

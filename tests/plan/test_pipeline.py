@@ -9,16 +9,16 @@ from megatron_ettin.plan.pipeline import BACKWARD, FORWARD, order_of_passes, sim
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 5), (2, 8), (4, 8), (8, 64), (4, 2)])
 def test_simulate_1f1b_bubble_matches_the_formula(ranks: int, micro_batches: int) -> None:
-    step = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
-    assert step.seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
-    assert 1 - max(step.busy_seconds) / step.seconds == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
+    seconds, busy = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
+    assert seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
+    assert 1 - max(busy) / seconds == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(2, 2, 4), (4, 2, 8), (4, 7, 16), (2, 4, 2)])
 def test_simulate_interleaved_bubble_is_divided_by_model_chunks(ranks: int, chunks: int, micro_batches: int) -> None:
     stages = ranks * chunks
-    step = simulate([1.0 / chunks] * stages, [2.0 / chunks] * stages, micro_batches, ranks)
-    assert step.seconds == pytest.approx(3.0 * (micro_batches + (ranks - 1) / chunks))
+    seconds, _ = simulate([1.0 / chunks] * stages, [2.0 / chunks] * stages, micro_batches, ranks)
+    assert seconds == pytest.approx(3.0 * (micro_batches + (ranks - 1) / chunks))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(4, 1, 6), (2, 3, 4)])
@@ -36,10 +36,11 @@ def test_order_of_passes_runs_each_pass_once_forward_first(ranks: int, chunks: i
 
 
 def test_simulate_slowest_stage_sets_the_time() -> None:
-    even = simulate([1.0] * 4, [2.0] * 4, 32, 4)
-    uneven = simulate([1.0, 1.0, 1.0, 1.5], [2.0, 2.0, 2.0, 3.0], 32, 4)
-    assert uneven.seconds > 4.5 * 32 > even.seconds
-    assert simulate([1.0] * 4, [2.0] * 4, 32, 4, hop_seconds=0.1).seconds > even.seconds
+    even, _ = simulate([1.0] * 4, [2.0] * 4, 32, 4)
+    uneven, _ = simulate([1.0, 1.0, 1.0, 1.5], [2.0, 2.0, 2.0, 3.0], 32, 4)
+    with_hops, _ = simulate([1.0] * 4, [2.0] * 4, 32, 4, hop_seconds=0.1)
+    assert uneven > 4.5 * 32 > even
+    assert with_hops > even
 
 
 def test_order_of_passes_interleaved_partial_group_is_refused() -> None:

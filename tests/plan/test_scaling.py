@@ -104,7 +104,7 @@ def test_plan_scale_of_175b_matches_published_strong_scaling(capsys: pytest.Capt
 
 def test_simulated_seconds_of_equal_stages_match_the_simulation() -> None:
     for count in (48, 480, 482):
-        simulated = simulate([1 / 3] * 4, [2 / 3] * 4, count, 4).seconds
+        simulated, _ = simulate([1 / 3] * 4, [2 / 3] * 4, count, 4)
         assert simulated_seconds([1.0] * 4, count, 4, False, 0.0) == pytest.approx(simulated)
 
 
