@@ -17,7 +17,8 @@ from megatron_ettin.config.operations import CheckpointConfig, ParallelConfig
 from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 from megatron_ettin.evaluate.evaluation import EvalDataset, build_eval_dataset
-from megatron_ettin.model.packed import pack_rows
+from megatron_ettin.model.boundaries import ChunkBoundaries
+from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group
 from megatron_ettin.train import resume
@@ -98,8 +99,9 @@ def compute_logits(
 ) -> list[torch.Tensor]:
     """Return the logits [n, vocabulary] of each list of n token ids. This leaves the model in evaluation mode."""
     model.eval()
+    logits = []
     with torch.no_grad():
-        return [
-            model(torch.tensor([[*ids]], device=device), pack_rows([[len(ids)]], len(ids), device))
-            for ids in token_lists
-        ]
+        for ids in token_lists:
+            packed = PackedRows.of(ChunkBoundaries.of([[len(ids)]], len(ids)), device)
+            logits.append(model(torch.tensor([[*ids]], device=device), packed))
+    return logits

@@ -18,7 +18,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional
 
-from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.layer import BiasFreeLayerNorm, block_spec
 from megatron_ettin.model.loss import LossOptions, LossOutput, linear_cross_entropy
@@ -149,8 +148,8 @@ class EttinModel(LanguageModule):
         Args:
             input_ids: token ids [rows, seq_len].
             packed: boundaries and positions of the micro-batch.
-            labels: [n] with `label_positions`, else [rows, seq_len] with IGNORE where there is no label.
-            label_positions: flat positions [n] of the labels. Without it they are searched, which waits for the device.
+            labels: labels [n].
+            label_positions: their flat positions [n] in the micro-batch.
             loss_factor: the number that the sum of losses will be multiplied by before backward.
 
         Returns:
@@ -170,9 +169,7 @@ class EttinModel(LanguageModule):
             logits, _ = self.output_layer(self.head(x).unsqueeze(1), weight=weight)
             gathered: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
             return gathered.squeeze(1)[:, : self.config.vocab_size]
-        if label_positions is None:
-            label_positions = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
-            labels = labels.reshape(-1)[label_positions]
+        assert label_positions is not None
         group = self.pg_collection.tp
         first = group.rank() * weight.shape[0]
         return linear_cross_entropy(

@@ -7,7 +7,7 @@ survives activation recomputation. Each stage builds its own from the data; only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -118,24 +118,3 @@ class PackedRows(PackedSeqParams):
             self.cache[key] = make()
         value: Value = self.cache[key]
         return value
-
-
-def pack_rows(
-    lengths: Sequence[Sequence[int]],
-    seq_len: int,
-    device: torch.device | str = "cpu",
-    slots: Sequence[int] | None = None,
-    dropout_key: int = 0,
-    causal_tokens: int | None = None,
-) -> PackedRows:
-    """Return the boundaries of rows given as lists of chunk lengths, on `device`.
-
-    Args:
-        lengths: chunk lengths of each row, at most `seq_len` in sum.
-        seq_len: tokens of a row.
-        device: device of the tensors.
-        slots: slot of each row within the step, on which dropout masks depend; 0, 1, ... by default.
-        dropout_key: `step_key` of the step.
-        causal_tokens: how many of the first tokens are in causal rows; None: by the model's objective.
-    """
-    return PackedRows.of(ChunkBoundaries.of(lengths, seq_len, slots, causal_tokens), device, dropout_key)

@@ -16,7 +16,7 @@ from megatron_ettin.model.attention import (
 )
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.kernels import attend_flex
-from megatron_ettin.model.packed import pack_rows
+from tests.model.rows import pack_rows
 
 ROWS = {
     "one chunk": [[200], [200]],

@@ -9,7 +9,8 @@ import torch
 
 from megatron_ettin.model.boundaries import ChunkBoundaries
 from megatron_ettin.model.dropout import keep_mask, keep_mask_by_channel, step_key, token_keys
-from megatron_ettin.model.packed import PackedRows, pack_rows
+from megatron_ettin.model.packed import PackedRows
+from tests.model.rows import pack_rows
 
 
 def mask(

@@ -10,7 +10,7 @@ import torch
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import SIZES
 from megatron_ettin.model import init
-from megatron_ettin.model.packed import pack_rows
+from tests.model.rows import labelled, pack_rows
 
 # the output layer is the same code at any vocabulary; widths and heads are the published ones
 VOCABULARY = 512
@@ -129,10 +129,10 @@ def test_packed_losses_match_losses_of_separate_chunks(objective: str, build_mod
     ids = torch.randint(5, 320, (1, 400), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.rand(400, generator=torch.Generator().manual_seed(2)) < 0.5, ids[0], -100)[None]
     with torch.no_grad():
-        _, packed, _ = model(ids, pack_rows([lengths], 400), labels)
+        _, packed, _ = model(ids, pack_rows([lengths], 400), *labelled(labels))
         alone, begin = [], 0
         for n in lengths:
             part = slice(begin, begin + n)
-            alone.append(model(ids[:, part], pack_rows([[n]], n), labels[:, part])[1])
+            alone.append(model(ids[:, part], pack_rows([[n]], n), *labelled(labels[:, part]))[1])
             begin += n
     assert torch.allclose(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)

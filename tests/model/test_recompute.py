@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.model.packed import pack_rows
+from tests.model.rows import labelled, pack_rows
 
 SHAPE = ["model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4", "model.vocab_size=320"]
 SELECTIVE = "parallel.recompute=selective"
@@ -22,7 +22,7 @@ def kept_bytes_and_gradients(build_model, *overrides: str) -> tuple[int, dict[st
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total, *_ = model(ids, pack_rows([[40, 24], [64]], 64), ids)
+        total, *_ = model(ids, pack_rows([[40, 24], [64]], 64), *labelled(ids))
     bytes_kept = sum(kept.values())
     total.backward()
     return bytes_kept, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

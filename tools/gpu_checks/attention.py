@@ -10,7 +10,8 @@ import torch
 from gpu_checks.session import DoesNotRunError, Session, median_seconds
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.model.packed import PackedRows, pack_rows
+from megatron_ettin.model.boundaries import ChunkBoundaries
+from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group, release_store
 from megatron_ettin.train.setup import build_single_process
@@ -94,7 +95,7 @@ def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, 
     torch.manual_seed(1)
     window = attention.windows[causal]
     rows = [[300, 64, 1, 83], [448]]
-    packed = pack_rows(rows, 448, device, causal_tokens=2 * 448 if causal else 0)
+    packed = PackedRows.of(ChunkBoundaries.of(rows, 448, causal_tokens=2 * 448 if causal else 0), device)
     tensors = inputs(config, 896, device)
     out = attention.attend(tensors, packed, causal, {}).reshape(896, -1)
     upstream = torch.randn_like(out)
@@ -123,9 +124,8 @@ def reference(qkv: list[torch.Tensor], lengths: list[int], causal: bool, window:
 def time(attention: Any, causal: bool, config: Any, session: Session, length: int) -> float:
     """Return the seconds of forward and backward of rows that are one chunk each."""
     rows = max(1, session.tokens_a_step // length)
-    packed: PackedRows = pack_rows(
-        [[length]] * rows, length, session.torch_device, causal_tokens=rows * length if causal else 0
-    )
+    boundaries = ChunkBoundaries.of([[length]] * rows, length, causal_tokens=rows * length if causal else 0)
+    packed = PackedRows.of(boundaries, session.torch_device)
     tensors = inputs(config, rows * length, session.torch_device)
     upstream = torch.randn(rows * length, config.model.hidden_size, device=session.torch_device, dtype=torch.bfloat16)
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from megatron_ettin.cli.main import main
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.evaluate.inference import load_for_inference
-from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.train import resume
 from tests.conftest import sentences
 from tests.convert.folders import make_folder
+from tests.model.rows import pack_rows
 
 NEW_TOKENS = 16  # twice the window
 CLS, SEP = 1, 2
