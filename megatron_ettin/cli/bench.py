@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.progress import items_report
     from megatron_ettin.bench import results
     from megatron_ettin.config.overrides import given, read_layers
+    from megatron_ettin.parallel.collectives import run_on_rank_zero
     from megatron_ettin.parallel.env import read_distributed_env
-    from megatron_ettin.parallel.process_groups import broadcast_before_groups, release_store
+    from megatron_ettin.parallel.process_groups import release_store, temporary_process_group
     from megatron_ettin.platform import detect
 
     if args.compare:
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     draws = env.rank == 0 and errors_on_terminal()
     try:
         # read once: a rank that comes later would find what rank 0 has begun
-        known = broadcast_before_groups(env, platform, lambda: known_results(args))
+        with temporary_process_group(env, platform):
+            known = run_on_rank_zero(lambda: known_results(args), UserError)
         with items_report("bench") if draws else contextlib.nullcontext(lambda *_: None) as report:
             for number, member in enumerate(combinations):
                 report(number, len(combinations), " ".join(member.overrides))
@@ -191,12 +193,14 @@ def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) 
         together: a rank in a collective that never ends does not arrive)
     """
     from megatron_ettin.bench import results
-    from megatron_ettin.parallel.process_groups import all_gather_before_groups
+    from megatron_ettin.parallel.collectives import all_gather_object
+    from megatron_ettin.parallel.process_groups import temporary_process_group
 
     if own["state"] == results.STOPPED:
         return own, False
     try:
-        states = all_gather_before_groups(env, platform, own, MEETING_SECONDS)
+        with temporary_process_group(env, platform, MEETING_SECONDS):
+            states = all_gather_object(own)
     except RankError:
         return own, False
     full = [(rank, state) for rank, state in enumerate(states) if state["state"] == results.NO_MEMORY]

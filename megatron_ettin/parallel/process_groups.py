@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_ettin.base.errors import RankError, UserError, first_line
+from megatron_ettin.base.errors import RankError, first_line
 from megatron_ettin.base.log import SLOW_SECONDS, log_warning, log_when_slow
-from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.platform.device import Platform
 from megatron_ettin.platform.profiler import enable_flight_recorder
@@ -116,40 +114,27 @@ def _env_hint(env: DistributedEnv) -> str:
     return f" ({names} say that there are {env.world})"
 
 
-def broadcast_before_groups(env: DistributedEnv, platform: Platform, make: Callable[[], Any]) -> Any:
-    """Return what `make` returns on rank 0 on every rank, in a process group that exists for this alone.
+@contextlib.contextmanager
+def temporary_process_group(
+    env: DistributedEnv, platform: Platform, arrival_seconds: float | None = None
+) -> Iterator[None]:
+    """Let the ranks meet for the collectives inside the context alone. A single process needs no group for them.
 
-    A UserError that it raises is raised on every rank. It is called before the ranks meet and may take its time.
+    Args:
+        env: this process among the ranks.
+        platform: gives the backend and the device.
+        arrival_seconds: how long ranks may differ in coming here, by default as long as a collective may take.
+
+    Raises:
+        RankError: the other ranks do not come.
     """
     if env.world == 1:
-        return make()
-    box: list[Any] = [None, None]
-    if env.rank == 0:
-        try:
-            box[0] = make()
-        except UserError as error:
-            box[1] = error
-    init_process_group(env, platform)
-    try:
-        box = broadcast_object(box)
-    finally:
-        destroy_process_group()
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def all_gather_before_groups(env: DistributedEnv, platform: Platform, own: Any, arrival_seconds: float) -> list[Any]:
-    """Return every rank's value, by rank, in a process group that exists for this alone.
-
-    Raises RankError when a rank does not come within `arrival_seconds`.
-    """
-    if env.world == 1:
-        return [own]
+        yield
+        return
     destroy_process_group()
     init_process_group(env, platform, arrival_seconds=arrival_seconds)
     try:
-        return all_gather_object(own)
+        yield
     finally:
         destroy_process_group()
 
