@@ -40,36 +40,20 @@ def read_distributed_env(environment: Mapping[str, str] | None = None) -> Distri
     """Return the rank and rendezvous address. Raises UserError for variables that contradict each other."""
     variables = os.environ if environment is None else environment
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        return _checked(
-            DistributedEnv(
-                int(variables["RANK"]),
-                int(variables["WORLD_SIZE"]),
-                int(variables.get("LOCAL_RANK", 0)),
-                variables.get("MASTER_ADDR", "127.0.0.1"),
-                int(variables.get("MASTER_PORT", 29_500)),
-                "torchrun",
-            )
-        )
-    if "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return _checked(
-            DistributedEnv(
-                int(variables["SLURM_PROCID"]),
-                int(variables["SLURM_STEP_NUM_TASKS"]),
-                int(variables.get("SLURM_LOCALID", 0)),
-                variables.get("MASTER_ADDR") or first_host(variables["SLURM_STEP_NODELIST"]),
-                int(
-                    variables.get("MASTER_PORT")
-                    or job_port(variables.get("SLURM_JOB_ID", "0"), variables.get("SLURM_STEP_ID", "0"))
-                ),
-                "slurm",
-            )
-        )
-    return DistributedEnv(0, 1, 0, None, 0, "alone")
-
-
-def _checked(env: DistributedEnv) -> DistributedEnv:
+        source, port = "torchrun", int(variables.get("MASTER_PORT", 29_500))
+        rank, world, local_rank = variables["RANK"], variables["WORLD_SIZE"], variables.get("LOCAL_RANK", 0)
+        address = variables.get("MASTER_ADDR", "127.0.0.1")
+    elif "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        own_port = job_port(variables.get("SLURM_JOB_ID", "0"), variables.get("SLURM_STEP_ID", "0"))
+        source, port = "slurm", int(variables.get("MASTER_PORT") or own_port)
+        rank, world = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
+        local_rank = variables.get("SLURM_LOCALID", 0)
+        address = variables.get("MASTER_ADDR") or first_host(variables["SLURM_STEP_NODELIST"])
+    else:
+        return DistributedEnv(0, 1, 0, None, 0, "alone")
+    env = DistributedEnv(int(rank), int(world), int(local_rank), address, port, source)
     if not 0 <= env.rank < env.world:
-        raise UserError(f"{env.source}: rank {env.rank} is not among {env.world} ranks")
+        raise UserError(f"{source}: rank {env.rank} is not among {env.world} ranks")
     return env
 
 
