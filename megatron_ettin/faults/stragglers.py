@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.heartbeat import RankInfo
-from megatron_ettin.parallel.collectives import all_gather_scalar
+from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.totals import StepResult
 
@@ -67,7 +67,7 @@ class Stragglers(Hook):
             return
         mean = statistics.fmean(self.seconds)
         self.seconds = []
-        result = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
+        result = slowest(all_gather_object(mean), self.stages)
         if result is None:
             return
         rank, ratio = result

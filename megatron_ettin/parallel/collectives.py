@@ -33,16 +33,6 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
     return vector.tolist()
 
 
-def all_gather_scalar(value: float, device: torch.device) -> list[float]:
-    """Return every rank's number, by rank."""
-    own = torch.tensor([value], dtype=torch.float64, device=device)
-    if world_size() == 1:
-        return own.tolist()
-    gathered = torch.empty(world_size(), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(gathered, own)
-    return gathered.tolist()
-
-
 def all_gather_object(value: Value) -> list[Value]:
     """Return every rank's picklable value, by rank."""
     gathered = [value] * world_size()
