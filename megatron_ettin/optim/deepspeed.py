@@ -25,6 +25,7 @@ from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
 from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice
+from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.megatron import build_inner_optimizer, param_info, trained_parameters
 from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
 from megatron_ettin.platform.device import device_name
@@ -42,8 +43,11 @@ class ZeroShard:
     """Its range in the flattened parameter."""
 
 
-class DeepSpeedEngine:
-    """TrainEngine around DeepSpeed's engine; see `TrainEngine` for what the methods promise."""
+class DeepSpeedEngine(TrainEngine):
+    """TrainEngine around DeepSpeed's engine; see `TrainEngine` for what the methods promise.
+
+    DeepSpeed reduces the gradients in its update and clears them after it, and nothing of a step continues after it.
+    """
 
     # DeepSpeed knows the norm of the gradients only after it has updated the weights
     can_skip = False
@@ -60,9 +64,6 @@ class DeepSpeedEngine:
         # ZeRO steps one group (in stage 3 one part of a group) after another: all belong to one update
         inner.register_step_pre_hook(lambda *_: setattr(inner, "updates", self.updates))
 
-    def zero_grad(self) -> None:
-        """Do nothing: DeepSpeed clears them after each step."""
-
     def schedule(self) -> Callable[..., Any]:
         """Return `forward_backward`."""
         return self.forward_backward
@@ -70,9 +71,6 @@ class DeepSpeedEngine:
     def call_before_sum(self, callback: Callable[[], None]) -> None:
         """Call `callback` before the last micro-batch, whose backward pass sums the gradients."""
         self.before_sum = callback
-
-    def finish_param_sync(self) -> None:
-        """Do nothing: nothing of a step continues after it."""
 
     def forward_backward(
         self, forward_step_func: Callable[..., Any], data_iterator: Any, num_microbatches: int, **_: Any
@@ -98,9 +96,6 @@ class DeepSpeedEngine:
         dist.all_reduce(total, group=self.data_group)
         self.scale = max(float(total), 1.0) / self.data_group.size()
         return reports
-
-    def prepare(self) -> None:
-        """Do nothing: this is part of DeepSpeed's update."""
 
     def norm(self) -> float:
         """Return the global gradient norm of the latest update before clipping; NaN if it was not finite."""
@@ -160,10 +155,6 @@ class DeepSpeedEngine:
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Set the masters from the model's weights; none of them are stored in FP8."""
         self.zero.refresh_fp32_params()
-
-    def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Return `model_state` as it is."""
-        return model_state
 
     def close(self) -> None:
         """Destroy the engine and, with it, torch's process groups."""

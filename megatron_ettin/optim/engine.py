@@ -2,6 +2,7 @@
 
 Two engines implement it: `MegatronEngine` (optim/megatron.py) around core's optimizers, and `DeepSpeedEngine`
 (optim/deepspeed.py) around DeepSpeed's ZeRO. A step calls `zero_grad`, `schedule()`, `prepare`, `update` and `norm`.
+What not every engine has to do has a default here: core's schedule, the model's weights as they are, or nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.optim.adamw import DecoupledAdamW
 
@@ -20,20 +22,30 @@ class TrainEngine(Protocol):
 
     inner: DecoupledAdamW
     """The optimizer that updates this rank's shards."""
-    can_skip: bool
+    can_skip: bool = True
     """Whether the gradient norm is known before the update, so that a bad step's update can be left out."""
 
     def zero_grad(self) -> None:
-        """Clear the gradients before a step."""
+        """Clear the gradients before a step, unless the engine does that after each."""
+        return
 
     def schedule(self) -> Callable[..., Any]:
-        """Return the function that runs a step's micro-batches, called like core's forward-backward schedules."""
+        """Return the function that runs a step's micro-batches, called like core's forward-backward schedules.
+
+        By default it is core's own.
+        """
+        schedule: Callable[..., Any] = get_forward_backward_func()
+        return schedule
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
         """Register `callback` to run before the first sum of a step over the ranks."""
 
     def prepare(self) -> None:
-        """Reduce the gradients and compute their global norm, without waiting for the device (collective)."""
+        """Reduce the gradients and compute their global norm, without waiting for the device (collective).
+
+        An engine that does this in `update` does nothing here.
+        """
+        return
 
     def update(self, lr: float) -> None:
         """Update every weight from the prepared gradients at learning rate `lr` (collective)."""
@@ -46,6 +58,7 @@ class TrainEngine(Protocol):
 
         Needed before anything but that pass reads the weights: a checkpoint, an evaluation, a comparison.
         """
+        return
 
     def summon_full_params(self, writing: bool = False) -> contextlib.AbstractContextManager[None]:
         """Make the model's weights readable (and writable where `writing`) inside the context (collective)."""
@@ -71,7 +84,12 @@ class TrainEngine(Protocol):
         """
 
     def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """Return the sharded tensors that a checkpoint stores as the model's weights."""
+        """Return the sharded tensors that a checkpoint stores as the model's weights.
+
+        By default these are those of `model_state`.
+        """
+        return model_state
 
     def close(self) -> None:
         """Release what the engine holds outside of its own objects."""
+        return

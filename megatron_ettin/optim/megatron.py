@@ -20,12 +20,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
 from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice, StableAdamW, TiedCopies
+from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.muon import EMBEDDINGS, Matrix, Muon, is_hidden_matrix
 from megatron_ettin.parallel.groups import OptimizerGroups
 from megatron_ettin.platform.fp8 import finish_gather
@@ -33,10 +33,8 @@ from megatron_ettin.platform.fp8 import finish_gather
 OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
 
 
-class MegatronEngine:
+class MegatronEngine(TrainEngine):
     """TrainEngine around one of core's optimizers. `TrainEngine` documents the contract of each method."""
-
-    can_skip = True
 
     def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any], clip_grad: float) -> None:
         self.core, self.inner, self.chunks, self.clip_grad = core, inner, chunks, clip_grad
@@ -48,11 +46,6 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.core.zero_grad()
-
-    def schedule(self) -> Callable[..., Any]:
-        """Return core's pipeline schedule."""
-        schedule: Callable[..., Any] = get_forward_backward_func()
-        return schedule
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
         """Make core's pipeline schedule call `callback` before it reduces the gradients over ranks."""
@@ -82,9 +75,6 @@ class MegatronEngine:
         """Make the model's weights readable in the block, by finishing the parameter sync (collective)."""
         self.finish_param_sync()
         yield
-
-    def close(self) -> None:
-        """Do nothing, because core holds no resources outside of its objects."""
 
     def prepare(self) -> None:
         """Copy the gradients for the update and compute their global norm, which stays on the device (collective)."""
