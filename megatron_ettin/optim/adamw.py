@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.platform.compile import compile_enabled, maybe_compile_dynamic
+from megatron_ettin.platform.compile import compile_enabled, maybe_compile
 
 
 @dataclass(frozen=True)
@@ -148,18 +148,6 @@ def stored_share(optimizer: str, beta: float, updates: int) -> float:
     return 1.0 if optimizer == "stable_adamw" else 1 - beta**updates
 
 
-@dataclass
-class _ClipFactors:
-    """Divisors of each parameter's learning rate, float64 on the device."""
-
-    tensor: torch.Tensor
-
-    @functools.cached_property
-    def values(self) -> list[float]:
-        """Return the divisors on the host; waits for the device."""
-        return list(self.tensor.tolist())
-
-
 class StableAdamW(DecoupledAdamW):
     """StableAdamW, as in the module docstring. Every rank of `sum_group` must call `step`, with or without shards."""
 
@@ -184,12 +172,15 @@ class StableAdamW(DecoupledAdamW):
             # all copies need the same factor, but each stage may have summed its parts in another order
             first = dist.get_global_rank(self.tied.group, 0)
             dist.broadcast(sums[self.tied.index : self.tied.index + 1], src=first, group=self.tied.group)
-        clips = _ClipFactors((sums / self._numels).sqrt_().clamp_(min=1))
+        clips = (sums / self._numels).sqrt_().clamp_(min=1)
+        # reading them waits for the device: once, and only where an update is not compiled
+        on_host: Callable[[], list[float]] = functools.cache(clips.tolist)
         for group, p in self._with_gradients():
-            self._update_weights(group, p, clips)
+            self._update_weights(group, p, clips, on_host)
 
     def _update_moments(self, group: dict[str, Any], p: torch.Tensor, t: int, sums: torch.Tensor) -> None:
-        (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], _gradient(p)
+        (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], p.grad
+        assert g is not None
         b1 = (1 - beta1) / (1 - beta1**t)
         b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
         if self._is_compiled(p):
@@ -207,16 +198,19 @@ class StableAdamW(DecoupledAdamW):
             if part.param.is_counted:
                 sums[part.param.index] += squared[part.elements].sum()
 
-    def _update_weights(self, group: dict[str, Any], p: torch.Tensor, clips: _ClipFactors) -> None:
+    def _update_weights(
+        self, group: dict[str, Any], p: torch.Tensor, clips: torch.Tensor, on_host: Callable[[], list[float]]
+    ) -> None:
+        """Update a tensor. `clips`: divisors of each parameter's learning rate, float64 on the device."""
         m, v, eps = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["eps"]
         if self._is_compiled(p):
-            rate = (group["lr"] / clips.tensor[self.slices[p][0].param.index]).to(p.dtype)
+            rate = (group["lr"] / clips[self.slices[p][0].param.index]).to(p.dtype)
             kept = 1 - rate * (group["weight_decay"] * group["wd_mult"] / group["max_lr"])
             update_weights(_flat(p), _flat(m), _flat(v), rate, kept, eps)
             return
         denominator = v.sqrt().add_(eps)
         for part in self.slices[p]:
-            lr, weights = group["lr"] / clips.values[part.param.index], p[part.elements]
+            lr, weights = group["lr"] / on_host()[part.param.index], p[part.elements]
             self._decay(weights, group, lr)
             weights.addcdiv_(m[part.elements], denominator[part.elements], value=-lr)
 
@@ -241,12 +235,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.ndim == 1 else tensor.view(-1)
 
 
-def _gradient(p: torch.Tensor) -> torch.Tensor:
-    assert p.grad is not None
-    return p.grad
-
-
-@maybe_compile_dynamic
+@functools.partial(maybe_compile, dynamic=True)
 def update_moments(
     gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, b1: torch.Tensor, b2: torch.Tensor, floor: float
 ) -> torch.Tensor:
@@ -257,7 +246,7 @@ def update_moments(
     return (squared / v.clamp(min=floor)).sum()
 
 
-@maybe_compile_dynamic
+@functools.partial(maybe_compile, dynamic=True)
 def update_weights(
     p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, kept: torch.Tensor, eps: float
 ) -> None:

@@ -30,12 +30,9 @@ Tensors = Sequence[torch.Tensor]
 
 
 class MaybeCompiled:
-    """A function of tensors and constants that may be compiled; made by the decorators below.
+    """A function of tensors and constants that may be compiled; made by the decorator below."""
 
-    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times.
-    """
-
-    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], dynamic: bool | None) -> None:
         self.function = self.call = function
         self.dynamic = dynamic
         self.__doc__ = function.__doc__
@@ -46,14 +43,12 @@ class MaybeCompiled:
         return self.call(*arguments)
 
 
-def maybe_compile(function: Callable[..., Any]) -> MaybeCompiled:
-    """Decorate a function that `enable_compile` may compile."""
-    return MaybeCompiled(function)
+def maybe_compile(function: Callable[..., Any], dynamic: bool | None = None) -> MaybeCompiled:
+    """Decorate a function that `enable_compile` may compile.
 
-
-def maybe_compile_dynamic(function: Callable[..., Any]) -> MaybeCompiled:
-    """Decorate a function that `enable_compile` may compile and that is called with tensors of many sizes."""
-    return MaybeCompiled(function, dynamic=True)
+    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times.
+    """
+    return MaybeCompiled(function, dynamic)
 
 
 def compile_enabled() -> bool:

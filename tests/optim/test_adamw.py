@@ -104,7 +104,7 @@ def check_compiled(monkeypatch: pytest.MonkeyPatch, backend: str, sizes: Iterabl
     """Check that clips stay on the device, and that nothing is compiled after the first steps or for other sizes."""
     compiled, expected = [], stable()
     with fused(backend):
-        monkeypatch.setattr(adamw._ClipFactors, "values", property(lambda clips: pytest.fail("waits for the device")))
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda clips: pytest.fail("waits for the device"))
         actual = run(StableAdamW, after=lambda: compiled.append(graphs()))
         for n in sizes:
             (g, m, v), b1, b2 = (torch.rand(n) for _ in range(3)), torch.tensor(0.1), torch.tensor(0.9)
