@@ -3,7 +3,8 @@
 With torch's scaled_dot_product_attention, three functions compute the same masked softmax (RECIPE section 2) and differ
 in cost only: `attend_dense` masks whole rows (short rows), `attend_chunks` runs one unmasked attention per chunk (no
 work across boundaries), `attend_bands` splits rows into blocks that see only the blocks in reach of the window.
-`TransformerEngineAttention` runs TE's kernel with cu_seqlens and the window; kernels.py has the other GPU kernels.
+`attend_varlen`, `attend_flash` and `attend_flex` call GPU kernels that take boundaries and a window themselves, and
+`TransformerEngineAttention` runs TE's kernel with cu_seqlens and the window.
 
 Rotary position embedding (RoPE) is non-interleaved and covers the whole head; positions restart at every chunk. Source:
 Su et al. 2021 (arXiv 2104.09864), in the half-split form of GPT-NeoX and ModernBERT: channel c pairs with c + dim/2 and
@@ -18,10 +19,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
@@ -81,7 +83,7 @@ class _RotaryAttention(MegatronModule):
 
 
 class KernelAttention(_RotaryAttention):
-    """Attention by a function that takes boundaries and window: `attend` of this module or one of kernels.py."""
+    """Attention by a function that takes boundaries and window: `attend` of this module or one of the others."""
 
     def __init__(
         self,
@@ -232,6 +234,68 @@ def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after:
     return (same & near).flatten(0, 1)[:, None]
 
 
+def attend_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
+) -> torch.Tensor:
+    """Attend by torch's own flash attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window_sides(window, causal))
+    # a tuple only where its auxiliary outputs are requested
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def attend_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
+) -> torch.Tensor:
+    """Attend by the flash-attn package: version 3 where it is installed (Hopper), else 2."""
+    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    out = _flash_function()(
+        q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal,
+        window_size=window_sides(window, causal), deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
+
+
+@cache
+def _flash_function() -> Any:
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func
+
+
+def attend_flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
+) -> torch.Tensor:
+    """Attend by torch's flex attention, skipping blocks of 128 x 128 outside of every chunk and window."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segments, positions, tokens = packed.segments, packed.positions, len(q)
+
+    def is_visible(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        near = allowed(positions[query], positions[key], window, causal)
+        return (segments[query] == segments[key]) & near
+
+    mask = packed.cached(
+        ("flex", window, causal), lambda: create_block_mask(is_visible, None, None, tokens, tokens, device=q.device)
+    )
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out: torch.Tensor = _flex()(q, k, v, block_mask=mask)
+    return out[0].transpose(0, 1)
+
+
+@cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin of the micro-batch's positions, each [tokens, 1, dim]; angles are computed in fp32."""
 
@@ -251,27 +315,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all over the first dimension: block i goes to rank i. Backward is the same exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return exchange(gradients[0], ctx.group), None
-
-
-def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """Send block i of the first dimension to rank i, with gradients (collective)."""
-    apply: Callable[..., torch.Tensor] = _Exchange.apply
-    return apply(x, group)
-
-
 def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[torch.Tensor, ...]:
     """Exchange each [rows * seq_len / cp, heads, dim] for [rows * seq_len, heads / cp, dim] (collective)."""
     # [local tokens, n, heads, dim]
@@ -279,8 +322,8 @@ def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[
     # [rows, slice, n, cp, heads / cp, dim]
     x = x.unflatten(2, (cp, -1)).unflatten(0, (rows, -1))
     # after the exchange the first dimension counts slices
-    x = exchange(x.permute(3, 0, 1, 2, 4, 5), group)
-    return x.transpose(0, 1).flatten(0, 2).unbind(1)
+    exchanged: torch.Tensor = all_to_all(group, x.permute(3, 0, 1, 2, 4, 5))
+    return exchanged.transpose(0, 1).flatten(0, 2).unbind(1)
 
 
 def to_tokens(x: torch.Tensor, rows: int, group: Any) -> torch.Tensor:
@@ -288,5 +331,5 @@ def to_tokens(x: torch.Tensor, rows: int, group: Any) -> torch.Tensor:
     # [cp, rows, slice, heads / cp, dim]
     x = x.unflatten(0, (rows, group.size(), -1)).transpose(0, 1)
     # after the exchange the first dimension counts groups of heads
-    x = exchange(x, group)
-    return x.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
+    exchanged: torch.Tensor = all_to_all(group, x)
+    return exchanged.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)

@@ -135,8 +135,8 @@ class CounterDropoutAdd(torch.nn.Module):
     config: Any = None
     layer_number = 0
     packed: PackedRows | None = None
-    first_token: Callable[[int], int] = staticmethod(lambda tokens: 0)
-    """Index of the first token of this rank's slice, given its length; not 0 under sequence parallelism."""
+    slice_rank = 0
+    """Index of this rank's slice of the tokens; not 0 under sequence parallelism."""
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         """Return the function that core calls with (x, bias) and the residual, both [tokens, 1, hidden]."""
@@ -148,7 +148,8 @@ class CounterDropoutAdd(torch.nn.Module):
             if not training or probability == 0:
                 return residual + x
             assert self.packed is not None
-            keys = token_keys(self.packed, self.layer_number, self.first_token(x.shape[0]), x.shape[0])
+            tokens = x.shape[0]
+            keys = token_keys(self.packed, self.layer_number, self.slice_rank * tokens, tokens)
             apply: Callable[..., torch.Tensor] = _DropoutAdd.apply
             return apply(x, residual, keys, round(probability * 65536))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,10 +23,17 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch.nn import functional
 
-from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
+from megatron_ettin.model.attention import (
+    MASKS,
+    KernelAttention,
+    TransformerEngineAttention,
+    attend,
+    attend_flash,
+    attend_flex,
+    attend_varlen,
+)
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
-from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
 from megatron_ettin.platform.compile import maybe_compile
 
 # for every layer on every rank it logs that the MLP class is not one of core's
@@ -49,8 +55,7 @@ class EttinLayer(TransformerLayer):
         add = self.self_attn_bda
         add.config, add.layer_number = self.config, self.layer_number
         if self.config.sequence_parallel:
-            tp_rank = self.pg_collection.tp.rank()
-            add.first_token = lambda tokens: tp_rank * tokens
+            add.slice_rank = self.pg_collection.tp.rank()
 
     def _forward_attention(self, *arguments: Any, packed_seq_params: Any = None, **keywords: Any) -> Any:
         self.self_attn_bda.packed = packed_seq_params
@@ -60,7 +65,6 @@ class EttinLayer(TransformerLayer):
 def layer_spec(config: EttinTransformerConfig, first: bool) -> ModuleSpec:
     """Return the spec of one layer; `first` marks the model's first layer."""
     backend = config.backend
-    mask = AttnMaskType.padding_causal if config.causal else AttnMaskType.padding
     fused = backend.norm_column_linear
     qkv = fused if fused is not None and not first else backend.column_linear
     attention = ModuleSpec(module=KernelAttention, params={"kernel": ATTENTIONS.get(backend.attention.name)})
@@ -72,7 +76,7 @@ def layer_spec(config: EttinTransformerConfig, first: bool) -> ModuleSpec:
             input_layernorm=IdentityOp if first or fused is not None else BiasFreeLayerNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params={"attn_mask_type": mask},
+                params={"attn_mask_type": MASKS[config.causal]},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=qkv, core_attention=attention, linear_proj=backend.row_linear
                 ),

@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.model import kernels
 from megatron_ettin.model.attention import (
     KernelAttention,
     allowed,
     attend_bands,
     attend_chunks,
     attend_dense,
+    attend_flex,
     window_sides,
 )
 from megatron_ettin.model.config import EttinTransformerConfig
-from megatron_ettin.model.kernels import attend_flex
 from tests.model.rows import pack_rows
 
 ROWS = {
@@ -69,7 +68,7 @@ def test_attend_flex_forward_matches_attend_dense(
     """Only the forward pass, uncompiled: backward exists on GPUs only (tools/gpu_validate.py)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(kernels, "_flex", lambda: flex_attention)
+    monkeypatch.setattr("megatron_ettin.model.attention._flex", lambda: flex_attention)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(400, 2, 16, generator=generator) for _ in range(3))
     packed = pack_rows(ROWS[rows], 200)
