@@ -10,7 +10,8 @@ import torch
 from megatron_ettin.cli.main import main
 from megatron_ettin.doctor import host, ranks
 from megatron_ettin.doctor.findings import format_flops, ok, problem
-from megatron_ettin.platform.sanity import AllReduces, Products
+from megatron_ettin.doctor.ranks import AllReduces, Products, products, wrong_rows
+from megatron_ettin.platform.device import Platform
 
 
 def test_rates_slow_or_wrong_products_name_the_rank() -> None:
@@ -29,6 +30,16 @@ def test_rates_slow_or_wrong_products_name_the_rank() -> None:
     assert wrong.state == "problem"
     assert "rank 1 on b" in wrong.text
     assert (format_flops(51.2e9), format_flops(612e12)) == ("51 GFLOP/s", "612 TFLOP/s")
+
+
+def test_wrong_rows_detects_wrong_matrix_products() -> None:
+    done = products(Platform(torch.device("cpu"), "gloo", "cpu"), 0.0, side=64)
+    assert done.error is None
+    assert done.flops > 0
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    assert wrong_rows(a, b, a @ b) is None
+    assert "is off by" in (wrong_rows(a, b, a @ b + 10) or "")
+    assert wrong_rows(a, b, torch.full((64, 64), float("nan"))) is not None
 
 
 def test_all_reduce_and_clocks_wrong_sums_or_skew_are_reported() -> None:
