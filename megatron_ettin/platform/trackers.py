@@ -118,18 +118,16 @@ class CommVolumeTracker:
         wait = vars(work_class)["wait"]
         pending: dict[int, tuple[Any, str | None]] = {}
 
+        def timed(axis: str | None) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext() if axis is None else span(axis)
+
         def call(name: str, group: Any, *arguments: Any, **named: Any) -> Any:
-            if group.size() == 1:
-                work = originals[name].__get__(group)(*arguments, **named)
-                # nothing is sent, so its wait is not counted as one for other ranks
-                if work is not None:
-                    pending[id(work)] = work, None
-                return work
-            axis, index = self.axes.get(group.group_name, "all"), SENT[name]
-            if index is not None:
+            # a group of one rank sends nothing and waits for nobody
+            axis = self.axes.get(group.group_name, "all") if group.size() > 1 else None
+            if axis is not None and (index := SENT[name]) is not None:
                 tensors = [leaf for leaf in tree_leaves(arguments[index]) if isinstance(leaf, torch.Tensor)]
                 self.bytes_sent[axis, name] += sum(tensor.nbytes for tensor in tensors)
-            with span(axis):
+            with timed(axis):
                 work = originals[name].__get__(group)(*arguments, **named)
             # holding the object keeps others from getting its id
             if work is not None:
@@ -138,7 +136,7 @@ class CommVolumeTracker:
 
         def wait_for(work: Any, *arguments: Any, **named: Any) -> Any:
             _, axis = pending.pop(id(work), (work, "all"))
-            with contextlib.nullcontext() if axis is None else span(axis):
+            with timed(axis):
                 return wait.__get__(work)(*arguments, **named)
 
         try:

@@ -11,9 +11,9 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.tables import PRECISIONS, SIZES, tensor_parallel_degrees
-from megatron_ettin.platform import attention, device
-from megatron_ettin.platform.attention import choose_attention
+from megatron_ettin.platform import device, layers
 from megatron_ettin.platform.device import Platform
+from megatron_ettin.platform.layers import choose_attention
 
 CPU = Platform(torch.device("cpu"), "gloo", "cpu")
 GPU = Platform(torch.device("cuda", 0), "nccl", "a GPU")
@@ -21,7 +21,7 @@ GPU = Platform(torch.device("cuda", 0), "nccl", "a GPU")
 
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers, "find_spec", lambda name: None)
     monkeypatch.setattr(device, "have_transformer_engine", lambda: False)
 
 
