@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES, HasShape, layer_parameter_count
+from megatron_ettin.config.values import parse_points, share_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,3 +132,22 @@ def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
 def _rounded(value: float) -> float:
     """Round to 9 digits, so that sums of the same numbers in another order are equal."""
     return round(value, 9 - math.ceil(math.log10(value))) if value > 0 else value
+
+
+def mean_flops_per_token(config: Config) -> float:
+    """Return the operations per token, averaged over the objective's row objectives by their shares.
+
+    A hybrid run counts with the shares that it ends with.
+    """
+    model, data, objective = config.model, config.data, OBJECTIVES[config.run.objective]
+    shares = [1.0]
+    if objective.is_hybrid:
+        causal = share_at(parse_points(data.clm_fraction, "data.clm_fraction"), config.run.tokens)
+        shares = [causal, 1 - causal]
+    total = 0.0
+    for name, share in zip(objective.row_objectives, shares, strict=True):
+        rows = ROW_OBJECTIVES[name]
+        labelled = data.mlm_probability if rows.masks else 1.0
+        window = config.windows[rows.causal]
+        total += share * flops_per_token(model, model.vocab_size, data.seq_len, rows.causal, window, labelled)
+    return total

@@ -51,13 +51,9 @@ class MeasuredRun:
     name: str
     config: Config
     gpus: int
+    dp: int
     model: StepModel
     tokens_per_second_per_gpu: float
-
-    @property
-    def dp(self) -> int:
-        """Return the data-parallel degree."""
-        return check_layout(self.config, self.gpus)
 
     @property
     def step_seconds(self) -> float:
@@ -127,13 +123,14 @@ def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
     config = parse(
         row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), overrides=row.get("words", [])
     )
-    check_layout(config, row["gpus"])
+    dp = check_layout(config, row["gpus"])
     gpu = find_gpu(row["gpu"], own) if "gpu" in row else gpu
     chunk_tokens = row.get("chunk_tokens", usual_chunk_tokens(config))
     return MeasuredRun(
         name=f"{row['size']} {config.run.objective} on {row['gpus']}",
         config=config,
         gpus=row["gpus"],
+        dp=dp,
         model=StepModel(gpu, row.get("gpus_per_node", gpu.gpus_per_node), chunk_tokens),
         tokens_per_second_per_gpu=row["tokens_per_second_per_gpu"],
     )

@@ -10,11 +10,10 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.text import counted, format_count
-from megatron_ettin.config.flops import flops_per_token
+from megatron_ettin.config.flops import mean_flops_per_token
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES, parameter_count
-from megatron_ettin.config.values import parse_points, share_at
+from megatron_ettin.config.tables import parameter_count
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
 from megatron_ettin.data.mixture import SourceEpochs, describe_epochs, epoch_warnings, parse_mixture, planned_epochs
@@ -48,25 +47,6 @@ def facts(config: Config) -> dict[str, Any]:
         "lr_at_end": lr_at_end(config, expected_row_tokens(config.data)),
         "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
     }
-
-
-def mean_flops_per_token(config: Config) -> float:
-    """Return the operations per token, averaged over the objective's row objectives by their shares.
-
-    A hybrid run counts with the shares that it ends with.
-    """
-    model, data, objective = config.model, config.data, OBJECTIVES[config.run.objective]
-    shares = [1.0]
-    if objective.is_hybrid:
-        causal = share_at(parse_points(data.clm_fraction, "data.clm_fraction"), config.run.tokens)
-        shares = [causal, 1 - causal]
-    total = 0.0
-    for name, share in zip(objective.row_objectives, shares, strict=True):
-        rows = ROW_OBJECTIVES[name]
-        labelled = data.mlm_probability if rows.masks else 1.0
-        window = config.windows[rows.causal]
-        total += share * flops_per_token(model, model.vocab_size, data.seq_len, rows.causal, window, labelled)
-    return total
 
 
 def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:

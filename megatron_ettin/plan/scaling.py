@@ -171,7 +171,7 @@ class ScalingRow:
 
 def parse_gpu_counts(text: str) -> list[int]:
     """Parse `8:4096` to 8, 16, ..., 4096, and `96,4608` to those numbers. Raises UserError."""
-    parts = text.replace(":", ",", 1).split(",") if ":" in text else text.split(",")
+    parts = text.replace(":", ",", 1).split(",")
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     rising = numbers == sorted(numbers) and min(numbers, default=0) >= 1 and max(numbers) <= MOST_GPUS
     if len(numbers) != len(parts) or not rising or (":" in text and len(numbers) != 2):
@@ -244,7 +244,12 @@ def scaling_rows(
         weak_speed = _step_tokens(weak) / gpus / step_seconds(weak, model, growth, (base or weak).time.total)
         if growth.latency is not None and base is not None:
             weak_speed = base.tokens_per_second_per_gpu / growth.factor(gpus)
-        kept = _usable_goodput(failures, gpus)
+        kept = goodput(failures, gpus)
+        if kept < LEAST_GOODPUT:
+            raise UserError(
+                f"--scale: one of {gpus} GPUs fails every {failures.mean_seconds(gpus):.3g} s, so nothing is kept;"
+                " relax --mtbf-hours, --checkpoint-seconds or --restart-seconds"
+            )
         phase_seconds = config.run.tokens / (speed * gpus * kept)
         rows.append(
             ScalingRow(
@@ -264,17 +269,6 @@ def scaling_rows(
     if not rows:
         raise UserError(f"--scale: none of {numbers[0]} to {numbers[-1]} GPUs has a valid layout; {lacking[-1]}")
     return rows
-
-
-def _usable_goodput(failures: FailureModel, gpus: int) -> float:
-    """Return the goodput. Raises UserError where it is next to nothing."""
-    kept = goodput(failures, gpus)
-    if kept < LEAST_GOODPUT:
-        raise UserError(
-            f"--scale: one of {gpus} GPUs fails every {failures.mean_seconds(gpus):.3g} s, so nothing is kept; relax"
-            " --mtbf-hours, --checkpoint-seconds or --restart-seconds"
-        )
-    return kept
 
 
 def _step_tokens(one: Planned) -> float:

@@ -14,7 +14,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from megatron_ettin.config.flops import layer_operations
+from megatron_ettin.config.flops import layer_operations, mean_flops_per_token
 from megatron_ettin.config.layouts import (
     full_batch_split,
     has_fixed_shapes,
@@ -24,7 +24,6 @@ from megatron_ettin.config.layouts import (
 )
 from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.config.tables import PRECISIONS, layer_parameter_count, parameter_count
-from megatron_ettin.plan.dry_run import mean_flops_per_token
 from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.memory import (
     element_bytes,
