@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib.util import find_spec
+
+from packaging.version import Version
 
 from megatron_ettin.base.versions import version_of
 from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
@@ -36,7 +39,7 @@ def accelerator_findings(quick: bool, wanted_gpus: int | None = None) -> list[Fi
 
 
 def _gpus(seen: list[inventory.Gpu], wanted: int | None) -> list[Finding]:
-    findings = []
+    findings, mask = [], os.environ.get("CUDA_VISIBLE_DEVICES")
     for gpu in sorted(set(seen), key=lambda gpu: gpu.name):
         text = f"{seen.count(gpu)} x {gpu.name}, {gpu.memory_gib:.0f} GiB, capability {gpu.capability}"
         if gpu.supported:
@@ -45,12 +48,11 @@ def _gpus(seen: list[inventory.Gpu], wanted: int | None) -> list[Finding]:
             why = f"{text}: this torch (CUDA {inventory.torch_build()}) has no kernels for it"
             findings.append(problem("gpu", why, "install a build of torch that has them (https://pytorch.org)"))
     if wanted is not None and len(seen) != wanted:
-        mask = inventory.visible_devices()
         seen_by = f" (CUDA_VISIBLE_DEVICES={mask})" if mask is not None else ""
         findings.append(
             problem("gpu", f"torch sees {len(seen)} of {wanted}{seen_by}", "look at `nvidia-smi` and dmesg")
         )
-    elif not seen and inventory.driver() is not None and inventory.visible_devices() != "":
+    elif not seen and inventory.driver() is not None and mask != "":
         if inventory.torch_build() is None:
             text, todo = "there are GPUs, but this torch is built for CPUs", "install a build of torch for CUDA"
         else:
@@ -101,16 +103,10 @@ def _transformer_engine(has_gpu: bool, quick: bool) -> Finding:
     if error is not None:
         todo = "reinstall it against this torch (tools/setup_gpu.sh), or uninstall it"
         return warning(name, f"{version} does not import ({error}): {cost}", todo, version=version)
-    if _older(version, OLDEST_TRANSFORMER_ENGINE):
+    if Version(version) < Version(OLDEST_TRANSFORMER_ENGINE):
         text = f"{version} is older than {OLDEST_TRANSFORMER_ENGINE} and not used: {cost}"
         return warning(name, text, "pip install 'megatron-ettin[gpu]'", version=version)
     return ok(name, f"{version} imports", version=version)
-
-
-def _older(version: str, than: str) -> bool:
-    from packaging.version import Version
-
-    return Version(version) < Version(than)
 
 
 def _apex(has_gpu: bool) -> Finding:
@@ -120,7 +116,7 @@ def _apex(has_gpu: bool) -> Finding:
     accumulate weight gradients themselves.
     """
     variant, te = inventory.apex_package(), version_of("transformer-engine")
-    has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)
+    has_te = te is not None and Version(te) >= Version(OLDEST_TRANSFORMER_ENGINE)
     if variant == "other":
         text = f"the installed `apex` {version_of('apex') or ''} is not NVIDIA's but PyPI's toolkit for web sites"
         todo = "pip uninstall apex; NVIDIA's comes with its containers or from github.com/NVIDIA/apex, never from PyPI"

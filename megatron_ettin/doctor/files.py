@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ettin.base.errors import first_line
+from megatron_ettin.base.files import fsync
 from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -112,15 +113,10 @@ def _publishes_a_folder(probe: Path) -> bool:
 
 
 def _syncs(probe: Path) -> bool:
-    with (probe / "synced").open("wb") as file:
-        file.write(b"1")
-        file.flush()
-        os.fsync(file.fileno())
-    handle = os.open(probe, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    file = probe / "synced"
+    file.write_bytes(b"1")
+    fsync(file)
+    fsync(probe)
     return True
 
 

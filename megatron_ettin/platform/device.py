@@ -137,11 +137,11 @@ class Platform:
         if wanted and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
 
-    def check_graph(self, wanted: bool, attention: str) -> None:
+    def check_graph(self, attention: str) -> None:
         """Raise UserError for CUDA graphs without CUDA or with an attention kernel that cannot be captured."""
-        if wanted and not self.is_gpu:
+        if not self.is_gpu:
             raise UserError("runtime.cuda_graph: needs a GPU, found none; runtime.cuda_graph=false computes the same")
-        if wanted and attention not in KERNELS:
+        if attention not in KERNELS:
             raise UserError(
                 f"runtime.cuda_graph=true cannot capture the attention kernel {attention}, which runs here; it needs"
                 f" one of {', '.join(KERNELS)} (runtime.attention)"

@@ -6,7 +6,6 @@ Only `transformer_engine_error` and `core_error` import a large package, which t
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -142,8 +141,3 @@ def core_helper_compiled() -> bool:
         files = metadata.files("megatron-core") or []
         return any("helpers_cpp" in file.name and file.suffix == ".so" for file in files)
     return False
-
-
-def visible_devices() -> str | None:
-    """Return CUDA_VISIBLE_DEVICES; None if it is not set."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES")

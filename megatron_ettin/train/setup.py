@@ -153,7 +153,7 @@ def setup_training(
     optimizer = build_optimizer(wrapped, config.optim, compute == "bf16", sharded, groups, platform.device)
     graphed = None
     if config.runtime.cuda_graph:
-        platform.check_graph(True, chunks[0].config.backend.attention.name)
+        platform.check_graph(chunks[0].config.backend.attention.name)
         graphed = GraphedStep(config, tokens, layout.rank == 0)
     return TrainState(config, platform, layout, chunks, wrapped, optimizer, graphed)
 
