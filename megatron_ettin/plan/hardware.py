@@ -10,6 +10,8 @@ from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.parsing import read_yaml
 
 MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
+# of any figure, so that none becomes infinite in another unit
+LARGEST = 1e12
 TABLE = Path(__file__).with_name("gpus.yaml")
 ALIASES = {"h100": "h100-sxm", "a100-80gb": "a100", "h200-sxm": "h200"}
 
@@ -104,8 +106,12 @@ def read_table(path: Path) -> dict[str, GpuSpec]:
             others = ", ".join(sorted(set(keys) - set(needed)))
             raise UserError(f"--gpus-file {path}: {name}: needs {', '.join(needed)}; may have {others}")
         for key, value in values.items():
-            positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if not positive or (value == 0 and key not in MAY_BE_ZERO):
-                raise UserError(f"--gpus-file {path}: {name}.{key}: {value!r} is not a number above 0")
+            usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+            if not usable or (value == 0 and key not in MAY_BE_ZERO):
+                raise UserError(
+                    f"--gpus-file {path}: {name}.{key}: {value!r} is not a number above 0, up to {LARGEST:g}"
+                )
+            if key == "gpus_per_node" and not isinstance(value, int):
+                raise UserError(f"--gpus-file {path}: {name}.{key}: {value!r} is not a whole number")
         table[str(name).lower()] = GpuSpec(str(name).lower(), **values)
     return table
