@@ -1,4 +1,4 @@
-"""List the published shapes, the objectives and the precisions, and name models.
+"""List the published shapes, the objectives, the precisions and the sizes of chunks of work, and name models.
 
 Shapes are those of the Ettin configurations (std/<size>/*.yaml, lines 24-27). Their parameter counts equal those of
 `transformers`' ModernBERT classes at vocabulary 50,368 with a tied output (the same for encoder and decoder).
@@ -158,6 +158,19 @@ PRECISIONS = {
     "fp8-blockwise": Precision("bf16", "blockwise", 128),
     "mxfp8": Precision("bf16", "mxfp8", 32),
 }
+
+
+# Sizes of the model's computations that decide what they hold in memory, which a plan predicts without the model.
+# tokens per block of attention in bands; windows are rounded up to whole blocks
+BAND = 64
+# up to this length a masked row costs less than many small calls
+DENSE_ROW_TOKENS = 192
+# fp32 logits alive at the same time; large enough for efficient matrix products
+CHUNK_LOGITS_BYTES = 64 * 2**20
+# rows of logits that are computed at a time at least, however large the vocabulary is
+FEWEST_CHUNK_ROWS = 64
+# rows that fill a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
+DEVICE_CHUNK_ROWS = 4_096
 
 
 def short_name(size: object, model: object) -> str:

@@ -28,14 +28,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
 
+from megatron_ettin.config.tables import BAND, DENSE_ROW_TOKENS
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.compile import maybe_compile
 
-# tokens per block of `attend_bands`; windows are rounded up to whole blocks
-BAND = 64
-# up to this length a masked row costs less than many small calls
-DENSE_ROW_TOKENS = 192
 MASKS = {True: AttnMaskType.padding_causal, False: AttnMaskType.padding}
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

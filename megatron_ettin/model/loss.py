@@ -16,12 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_ettin.config.tables import CHUNK_LOGITS_BYTES, DEVICE_CHUNK_ROWS, FEWEST_CHUNK_ROWS
 from megatron_ettin.platform.compile import compile_enabled, maybe_compile
-
-# fp32 logits alive at the same time; large enough for efficient matrix products
-CHUNK_LOGITS_BYTES = 64 * 2**20
-# rows that fill a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
-DEVICE_CHUNK_ROWS = 4_096
 
 
 class LossOutput(NamedTuple):
@@ -74,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight, dtype=torch.float32),
             torch.zeros_like(bias, dtype=torch.float32),
         )
-        rows = max(64, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
+        rows = max(FEWEST_CHUNK_ROWS, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
         if wants_gradients and compile_enabled():
             rows = rows if hidden.device.type == "cpu" else DEVICE_CHUNK_ROWS
             for start in range(0, len(labels), rows):

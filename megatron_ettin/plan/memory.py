@@ -19,7 +19,17 @@ from statistics import fmean
 from megatron_ettin.config.layouts import micro_batches, stage_layers, with_split_rows, zero_stage
 from megatron_ettin.config.operations import ParallelConfig
 from megatron_ettin.config.schema import Config, PrecisionConfig
-from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, ROW_OBJECTIVES, layer_parameter_count
+from megatron_ettin.config.tables import (
+    BAND,
+    CHUNK_LOGITS_BYTES,
+    DENSE_ROW_TOKENS,
+    DEVICE_CHUNK_ROWS,
+    FEWEST_CHUNK_ROWS,
+    OBJECTIVES,
+    PRECISIONS,
+    ROW_OBJECTIVES,
+    layer_parameter_count,
+)
 
 # FP8 copies of each weight (1 byte each): row-wise for forward, column-wise for backward
 FP8_COPIES = 2
@@ -143,11 +153,6 @@ def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tu
     return saved + head, max(loss, left + recomputed)
 
 
-# constants of model/loss.py and model/attention.py, which a plan does not import: they need torch and core
-CHUNK_LOGITS_BYTES, FEWEST_ROWS, DEVICE_CHUNK_ROWS = 64 * 2**20, 64, 4096
-BAND, DENSE_ROW_TOKENS = 64, 192
-
-
 def element_bytes(precision: PrecisionConfig) -> int:
     """Return the bytes of an element in the compute precision."""
     return 4 if PRECISIONS[precision.name].compute == "fp32" else 2
@@ -261,7 +266,7 @@ def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
     # positions, labels; inputs of dense, GELU and norm, the norm's output; losses
     saved = norm + labelled * (16 + 4 * model.hidden_size * element + 4 + 1)
     gathered = tokens * model.hidden_size * element
-    rows = max(FEWEST_ROWS, CHUNK_LOGITS_BYTES // (4 * vocabulary))
+    rows = max(FEWEST_CHUNK_ROWS, CHUNK_LOGITS_BYTES // (4 * vocabulary))
     chunk = min(rows, labelled) * vocabulary * (element + 4 + (4 if element < 4 else 0))
     # logits and their gradient, and a product that is added to the sum
     if fused:
