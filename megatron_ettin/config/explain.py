@@ -55,7 +55,7 @@ class Fact(NamedTuple):
 
 ALWAYS = (
     Fact(
-        "masks", "a hash of seed, phase and position", "random numbers of the loader's processes",
+        "masks", "a hash of seed, phase, order index and token position", "random numbers of the loader's processes",
         "the original's cannot be repeated, not even by itself; the rates are the same (80 % [MASK], 10 % random)",
     ),
     Fact(

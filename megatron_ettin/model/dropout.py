@@ -1,5 +1,6 @@
-"""Apply dropout whose mask is a pure function of (seed, step, layer, row slot, token, channel), and add the residual.
+"""Apply dropout by masks that are a pure function, and add the residual.
 
+A mask depends on (seed, phase, step, layer, row slot, token, channel) alone.
 A generator's history would tie the mask to the layout; a counter does not. The mask is the same on every TP x PP x DP
 split, for every micro-batch size, after every resume and under recomputation. Two channels share one 32-bit hash, 16
 bits each: the drop probability is p rounded to 1/65536, and kept values are scaled by exactly the kept share.

@@ -1,4 +1,4 @@
-"""Define hooks, which do everything that happens besides training.
+"""Define hooks: what happens before, between and after the steps of a run, such as metrics and checkpoints.
 
 The loop knows only their four methods. Hooks run on every rank, in order, and a hook that writes checks the rank
 itself.
