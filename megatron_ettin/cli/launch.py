@@ -110,8 +110,7 @@ def build_submission(args: argparse.Namespace) -> tuple[Submission, list[BatchJo
     Raises:
         UserError: for a mistake of the command line, the profile or the command after `--`.
     """
-    from megatron_ettin.launch.profile import read_profile
-    from megatron_ettin.launch.request import Submission, build_allocation, resolve_margin
+    from megatron_ettin.launch.request import Submission, build_allocation, read_profile, resolve_margin
 
     call = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not call or call[0] not in COMMANDS:

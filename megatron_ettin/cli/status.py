@@ -23,8 +23,7 @@ from megatron_ettin.base.text import duration, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megatron_ettin.launch.queue import QueuedJob
-    from megatron_ettin.launch.run_state import RunState
+    from megatron_ettin.launch.run_state import QueuedJob, RunState
 
 COLUMNS = (
     *("run", "model", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts"),
@@ -67,7 +66,7 @@ Row = tuple["RunState", "QueuedJob | None"]
 
 def rows(what: str | None) -> list[Row]:
     """Return runs with their jobs. Raises UserError where there are none."""
-    from megatron_ettin.launch.queue import own_jobs, query_jobs
+    from megatron_ettin.launch.run_state import own_jobs, query_jobs
 
     if what is None:
         own = [row for job in own_jobs() for row in runs_of(job)]
@@ -89,8 +88,7 @@ def rows(what: str | None) -> list[Row]:
 
 def rows_below(folder: Path) -> list[Row]:
     """Return all runs in a folder, with those that were submitted and have not begun."""
-    from megatron_ettin.launch.queue import covers, query_jobs
-    from megatron_ettin.launch.run_state import read_events, run_state, runs_below, runs_of_event
+    from megatron_ettin.launch.run_state import covers, query_jobs, read_events, run_state, runs_below, runs_of_event
 
     submitted = [Path(run) for event in read_events(folder / "slurm") for run in runs_of_event(event)]
     paths = list(dict.fromkeys([*(path.absolute() for path in runs_below(folder)), *submitted]))
@@ -104,8 +102,7 @@ def rows_below(folder: Path) -> list[Row]:
 
 def runs_of(job: QueuedJob) -> list[Row]:
     """Return the runs of a job."""
-    from megatron_ettin.launch.queue import covers
-    from megatron_ettin.launch.run_state import read_events, run_state, runs_of_event
+    from megatron_ettin.launch.run_state import covers, read_events, run_state, runs_of_event
 
     if job.log is None or job.log.parent.name != "slurm":
         return []

@@ -1,23 +1,130 @@
-"""Describe a submission: the allocation of each job, and the runs in it."""
+"""Describe a submission: what belongs to the cluster (a site's profile), the allocation of each job, its runs.
+
+A profile is YAML and strict; examples are in examples/slurm/sites/. The command line overrides it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from dataclasses import dataclass, field
+import string
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, get_type_hints
 
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.launch.profile import Profile
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.parsing import read_yaml
 
+OPTION = re.compile(r"[a-z][a-z0-9-]*$")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+PLACEHOLDERS = ("container", "folder", "cwd")
+# options of sbatch that `ettin launch` sets itself
+RUN_OPTIONS = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "array", "dependency"),
+    *("output", "chdir", "signal", "open-mode", "requeue", "no-requeue"),
+)
 TIME = re.compile(r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE)$")
 # a quarter of the time where that is less
 MARGIN_SECONDS = 300
 SBATCH_OPTIONS = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of a cluster.
+
+    `{container}`, `{folder}` (of the run) and `{cwd}` are replaced in `srun`, `container_srun` and `container_prefix`.
+    """
+
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Long options of sbatch without dashes: {partition: gpu}."""
+    setup: str = ""
+    """Shell lines on the first node, before srun: module load ..."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables exported to every rank."""
+    path: str = ""
+    """Put before PATH on every node: a virtual environment's bin. Default: where this ettin is."""
+    srun: list[str] = field(default_factory=lambda: ["--cpu-bind=cores", "--distribution=block:block"])
+    container: str = ""
+    """Image used where --container names none."""
+    container_srun: list[str] = field(default_factory=list)
+    """Options of srun with a container (pyxis)."""
+    container_prefix: list[str] = field(default_factory=list)
+    """Words before the command in each task (apptainer exec ...)."""
+    python: str = "python3"
+    """Python of the first node, outside of any container, 3.6 or later: it runs the supervisor."""
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    check_paths: list[str] = field(default_factory=list)
+    """Folders that must be writable on every node: /tmp, a local disk."""
+    min_free_gib: float = 1.0
+    """Room that each of them and the run's folder must have."""
+
+
+def read_profile(path: Path | None) -> Profile:
+    """Return the profile in a file, or the default one. Raises UserError that names the key."""
+    if path is None:
+        return Profile()
+    content = read_yaml(path, f"--profile {path}")
+    if not isinstance(content, dict):
+        raise UserError(f"--profile {path}: holds no keys; allowed: {', '.join(f.name for f in fields(Profile))}")
+    return Profile(**{key: _checked(path, key, value) for key, value in content.items()})
+
+
+def _checked(path: Path, key: str, value: Any) -> Any:
+    """Return the value of a key if it has the key's type."""
+    hints = get_type_hints(Profile)
+    if key not in hints:
+        raise UserError(f"--profile {path}: no key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}")
+    wanted = hints[key]
+    if wanted == list[str]:
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if fits:
+            _check_placeholders(path, key, value)
+    elif wanted in (dict[str, str], dict[str, Any]):
+        fits = isinstance(value, dict) and all(isinstance(item, (str, int, float, bool)) for item in value.values())
+        if fits:
+            value = _variables(path, value) if wanted == dict[str, str] else _sbatch_options(path, value)
+    elif wanted is str:
+        fits = isinstance(value, str)
+    else:
+        fits = isinstance(value, (int, float) if wanted is float else int) and not isinstance(value, bool)
+        if fits and value < 0:
+            raise UserError(f"--profile {path}: {key} {value}: must be at least 0")
+    if not fits:
+        expected = {str: "text", float: "a number"}.get(wanted, str(wanted).replace("typing.", ""))
+        raise UserError(f"--profile {path}: {key} must be {expected}, is {value!r}")
+    return value
+
+
+def _variables(path: Path, values: dict[Any, Any]) -> dict[str, str]:
+    """Return the environment as a shell writes it. Raises UserError for a name that no shell takes."""
+    for name in values:
+        if not VARIABLE.match(str(name)):
+            raise UserError(f"--profile {path}: environment: {name!r} is not the name of a variable")
+    # YAML's true is 1
+    return {str(name): str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
+
+
+def _sbatch_options(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
+    """Return long options of sbatch; YAML's true is an option without a value, false none. Raises UserError."""
+    for name in values:
+        if not OPTION.match(str(name)):
+            raise UserError(f"--profile {path}: sbatch: {name!r}: write a long option without its dashes")
+        if name in RUN_OPTIONS:
+            raise UserError(f"--profile {path}: sbatch: {name!r} is set by `ettin launch`; remove it")
+    return {name: "" if value is True else value for name, value in values.items() if value is not False}
+
+
+def _check_placeholders(path: Path, key: str, items: list[str]) -> None:
+    for item in items:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(item) if name is not None]
+        except ValueError as error:
+            raise UserError(f"--profile {path}: {key}: {item!r}: {error}") from None
+        if any(name not in PLACEHOLDERS for name in names):
+            raise UserError(f"--profile {path}: {key}: {item!r}: only {{container}}, {{folder}}, {{cwd}} are known")
 
 
 @dataclass(frozen=True)
@@ -97,11 +204,11 @@ class BatchJob:
 
 def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
     """Build the allocation from the command line, then the profile. Raises UserError."""
-    gpus = first_given(args.gpus_per_node, profile.gpus_per_node)
-    tasks = first_given(args.tasks_per_node, gpus)
+    gpus = profile.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+    tasks = gpus if args.tasks_per_node is None else args.tasks_per_node
     if tasks is None:
         raise UserError("--gpus-per-node: say how many, or 0 with --tasks-per-node N for ranks without a GPU")
-    cpus = first_given(args.cpus_per_task, profile.cpus_per_task)
+    cpus = profile.cpus_per_task if args.cpus_per_task is None else args.cpus_per_task
     counts = {"nodes": args.nodes, "gpus-per-node": gpus, "tasks-per-node": tasks, "cpus-per-task": cpus}
     for name, value in counts.items():
         least = 0 if name == "gpus-per-node" else 1
@@ -120,7 +227,8 @@ def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
     if is_exclusive and not limits_memory:
         # else clusters with a default per core or node give the job a part of the memory of its own nodes
         options["mem"] = "0"
-    time = first_given(args.time, options.pop("time", None))
+    profile_time = options.pop("time", None)
+    time = profile_time if args.time is None else args.time
     if time is not None and not TIME.match(time):
         raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as for sbatch")
     return Allocation(args.nodes, tasks, gpus or 0, cpus, time, options, tuple(args.sbatch_arg))
@@ -152,8 +260,3 @@ def parse_time_limit(time: str) -> float:
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def first_given(*values: T | None) -> T | None:
-    """Return the first value that is not None; None where all are."""
-    return next((value for value in values if value is not None), None)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from megatron_ettin import __version__
-from megatron_ettin.launch.profile import fill_placeholders
 from megatron_ettin.launch.request import BatchJob, Submission
 
 # exported unless the profile sets them
@@ -133,9 +132,10 @@ def _launch(job: BatchJob, submission: Submission) -> list[str]:
     """Return the lines that start the supervisor, and srun under it."""
     profile, folder = submission.profile, submission.folder
     values = {"container": submission.container, "folder": str(folder.parent), "cwd": str(submission.cwd)}
-    srun = ["srun", "--kill-on-bad-exit=1", f"--job-name={job.command}", *fill_placeholders(profile.srun, values)]
-    srun += fill_placeholders(profile.container_srun, values) if submission.container else []
-    prefix = fill_placeholders(profile.container_prefix, values) if submission.container else []
+    site_options = profile.srun + (profile.container_srun if submission.container else [])
+    srun = ["srun", "--kill-on-bad-exit=1", f"--job-name={job.command}"]
+    srun += [option.format(**values) for option in site_options]
+    prefix = [word.format(**values) for word in profile.container_prefix] if submission.container else []
     options = [f"--folder {shlex.quote(str(folder))}", f"--restarts {submission.restarts}"]
     options += [f"--requeues {submission.requeues}", f"--grace-seconds {submission.grace_seconds}"]
     if job.command != "train":

@@ -12,9 +12,8 @@ from pathlib import Path
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.launch import supervisor
-from megatron_ettin.launch.queue import query_jobs
 from megatron_ettin.launch.request import BatchJob, Submission
-from megatron_ettin.launch.run_state import job_of_event, read_events, runs_of_event
+from megatron_ettin.launch.run_state import job_of_event, query_jobs, read_events, runs_of_event
 from megatron_ettin.launch.script import render_script
 
 SUBMIT_SECONDS = 120.0

@@ -119,11 +119,9 @@ class Supervisor:
         names = sorted(problems)
         for node in names:
             self.events.add("failed", result="node", node=node, why=problems[node][0])
-        has_spares = self.job.has_spares(self.job.excluded() + names)
-        for node in names:
             for problem in problems[node]:
                 log_line("node {}: {}".format(node, problem))
-        if not has_spares:
+        if not self.job.has_spares(self.job.excluded() + names):
             return USER_ERROR
         return self._requeue("without {}".format(", ".join(names)), USER_ERROR, exclude=names)
 
