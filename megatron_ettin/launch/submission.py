@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,68 +13,61 @@ from megatron_ettin.launch import supervisor
 from megatron_ettin.launch.request import BatchJob, Submission
 from megatron_ettin.launch.run_state import job_of_event, query_jobs, read_events, runs_of_event
 from megatron_ettin.launch.script import render_script
+from megatron_ettin.launch.supervisor.log import EventLog
 
 SUBMIT_SECONDS = 120.0
 WAITING = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 NEVER = ("Partition", "BadConstraints", "InvalidAccount", "InvalidQOS")
 
 
-class WrittenFiles:
-    """Files written for a submission, which are removed or restored when it fails."""
-
-    def __init__(self) -> None:
-        self.before: dict[Path, bytes | None] = {}
-        self.folders: list[Path] = []
-
-    def make_folder(self, path: Path) -> None:
-        """Make a folder with its parents. Raises UserError."""
-        missing = [parent for parent in (path, *path.parents) if not parent.exists()]
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror or error})") from None
-        self.folders += reversed(missing)
-
-    def write_file(self, path: Path, text: str) -> None:
-        """Write a file whole. Raises UserError."""
-        self.before.setdefault(path, path.read_bytes() if path.exists() else None)
-        try:
-            write_atomically(path, text, durable=False)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-    def undo(self) -> None:
-        """Restore every file, and remove the folders that were made."""
-        for path, content in self.before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(content)
-        for folder in reversed(self.folders):
-            # something else may be in it by now
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def write_submission(jobs: Sequence[BatchJob], submission: Submission) -> WrittenFiles:
+def write_submission(jobs: Sequence[BatchJob], submission: Submission) -> contextlib.ExitStack:
     """Write scripts, snapshots and the supervisor into the submission's folder.
 
+    Returns:
+        A stack whose `close` restores every file and removes the folders that were made.
+
     Raises:
-        UserError: nothing is left then.
+        UserError: something cannot be written. Nothing is left then, as after any other error.
     """
-    written, folder = WrittenFiles(), submission.folder
-    try:
-        written.make_folder(folder / "supervisor")
+    folder = submission.folder
+    with contextlib.ExitStack() as undo:
+        _make_folder(folder / "supervisor", undo)
         for path in sorted(Path(supervisor.__file__).parent.glob("*.py")):
-            written.write_file(folder / "supervisor" / path.name, path.read_text(encoding="utf-8"))
+            _write_file(folder / "supervisor" / path.name, path.read_text(encoding="utf-8"), undo)
         for job in jobs:
-            written.write_file(script_path(job, submission), render_script(job, submission))
+            _write_file(script_path(job, submission), render_script(job, submission), undo)
             for name, text in job.snapshots.items():
-                written.write_file(folder / name, text)
-    except UserError:
-        written.undo()
-        raise
-    return written
+                _write_file(folder / name, text, undo)
+        return undo.pop_all()
+
+
+def _make_folder(path: Path, undo: contextlib.ExitStack) -> None:
+    """Make a folder with its parents; `undo` removes those that it made. Raises UserError."""
+    try:
+        for folder in reversed((path, *path.parents)):
+            if not folder.is_dir():
+                undo.callback(_remove_if_empty, folder)
+                folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror or error})") from None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # something else may be in it by now
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _write_file(path: Path, text: str, undo: contextlib.ExitStack) -> None:
+    """Write a file whole; `undo` restores what was there. Raises UserError."""
+    if path.exists():
+        undo.callback(path.write_bytes, path.read_bytes())
+    else:
+        undo.callback(path.unlink, missing_ok=True)
+    try:
+        write_atomically(path, text, durable=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def script_path(job: BatchJob, submission: Submission) -> Path:
@@ -100,25 +91,21 @@ def submit(jobs: Sequence[BatchJob], submission: Submission, after: str | None) 
     """
     if after is None:
         _check_not_queued(jobs, submission)
-    written = write_submission(jobs, submission)
     ids: dict[str, str] = {}
-    try:
+    with write_submission(jobs, submission) as undo:
         for job in jobs:
             dependency = after
             if job.after is not None:
                 # each run of an array waits for the one with its index
                 dependency = f"{'aftercorr' if job.is_array else 'afterok'}:{ids[job.after]}"
             ids[job.name] = _sbatch(job, submission, dependency)
-    except UserError:
-        if ids:
-            subprocess.run(["scancel", *ids.values()], capture_output=True, check=False)
-        written.undo()
-        raise
-    except KeyboardInterrupt:
-        written.undo()
-        raise
+            undo.callback(subprocess.run, ["scancel", ids[job.name]], capture_output=True, check=False)
+        undo.pop_all()
     for job in jobs:
-        _record(job, submission, ids[job.name])
+        # the supervisor goes on with these events
+        events = EventLog(str(submission.folder), ids[job.name])
+        runs = [str(run.run_dir) for run in job.runs]
+        events.record("submitted", name=job.name, nodes=submission.allocation.nodes, runs=runs)
     return ids
 
 
@@ -159,17 +146,3 @@ def _sbatch(job: BatchJob, submission: Submission, dependency: str | None) -> st
         reason = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in lines)
         raise UserError(f"sbatch refused {job.name}: {reason}")
     return done.stdout.strip().partition(";")[0]
-
-
-def _record(job: BatchJob, submission: Submission, job_id: str) -> None:
-    """Append the submission to the events that the supervisor continues."""
-    record = {
-        "time": time.time(),
-        "job": job_id,
-        "event": "submitted",
-        "name": job.name,
-        "nodes": submission.allocation.nodes,
-        "runs": [str(run.run_dir) for run in job.runs],
-    }
-    with open(submission.folder / "events.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")

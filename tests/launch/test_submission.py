@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.launch.request import Allocation, BatchJob, JobRun, Profile, Submission
+from megatron_ettin.launch.submission import write_submission
 from tests.launch.cluster import Cluster
 from tests.launch.jobs import ETTIN, PATH, launch_arguments, train_arguments
 
@@ -46,3 +51,42 @@ def test_launch_second_job_of_pending_run_needs_after(slurm: Cluster, corpus: Pa
     after = slurm.call(ETTIN, "launch", *options, "--after", f"afterany:{job}", "--json", *call, PATH=PATH)
     assert after.returncode == 0, after.stderr
     slurm.call("scancel", job, json.loads(after.stdout)["jobs"][0]["job"])
+
+
+def example_submission(folder: Path) -> Submission:
+    allocation = Allocation(nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1, time=None)
+    return Submission(
+        folder=folder,
+        allocation=allocation,
+        profile=Profile(),
+        launcher="srun",
+        container="",
+        env_file=None,
+        restarts=3,
+        requeues=200,
+        margin_seconds=300,
+        grace_seconds=30,
+        command_line="ettin launch",
+        cwd=folder.parent,
+    )
+
+
+def test_write_submission_failing_mkdir_removes_the_parents_made_before(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / ("x" * 300) / "slurm"
+    with pytest.raises(UserError, match="cannot be made"):
+        write_submission([], example_submission(folder))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_submission_any_error_restores_what_was_there(tmp_path: Path) -> None:
+    """Leave nothing behind after an error that is no UserError, as Ctrl-C is none."""
+    folder = tmp_path / "run" / "slurm"
+    job = BatchJob("a", "train", (), (JobRun(tmp_path / "run"),), snapshots={"a.yaml": "not \udcff UTF-8"})
+    with pytest.raises(UnicodeEncodeError):
+        write_submission([job], example_submission(folder))
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir(parents=True)
+    (folder / "a.sbatch").write_text("earlier")
+    with pytest.raises(UnicodeEncodeError):
+        write_submission([job], example_submission(folder))
+    assert {path: path.read_text() for path in folder.iterdir()} == {folder / "a.sbatch": "earlier"}

@@ -41,13 +41,17 @@ class EventLog:
         self.path = os.path.join(folder, "events.jsonl")
         self.job = job
 
+    def record(self, event: str, **details: Any) -> None:
+        """Append an event. Raises OSError."""
+        entry = {"time": time.time(), "job": self.job, "event": event}
+        entry.update(details)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
     def add(self, event: str, **details: Any) -> None:
         """Append an event. A full disk does not stop the run."""
-        record = {"time": time.time(), "job": self.job, "event": event}
-        record.update(details)
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self.record(event, **details)
         except OSError:
             pass
 
