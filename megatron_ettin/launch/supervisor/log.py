@@ -1,5 +1,6 @@
 """Write the supervisor's log lines and events.jsonl. What cannot be written is lost, because the run matters more."""
 
+import contextlib
 import json
 import os
 import time
@@ -50,10 +51,8 @@ class EventLog:
 
     def add(self, event: str, **details: Any) -> None:
         """Append an event. A full disk does not stop the run."""
-        try:
+        with contextlib.suppress(OSError):
             self.record(event, **details)
-        except OSError:
-            pass
 
     def read(self) -> List[Dict[str, Any]]:
         """Return the events of this job. Torn lines are skipped."""
