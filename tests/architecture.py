@@ -255,7 +255,7 @@ def names_from_files_become_paths_in_one_place(module: Module) -> Iterator[str]:
 
 
 NAME_SOURCES = {
-    *("load_json", "load_yaml", "loads", "json_object", "read_json", "read_yaml", "read_text"),
+    *("load_json", "load_yaml", "loads", "load_object", "read_json", "read_yaml", "read_text"),
     *("read_record", "read_entries", "read_manifest", "manifest_from", "plan_record", "order_record", "read_metadata"),
     *("file_records", "read_progress", "read_config"),
 }

@@ -185,3 +185,23 @@ def _count(node: Any, known: dict[int, int]) -> int:
     if count > MOST_NODES:
         raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES:,} values")
     return count
+
+
+def load_object(path: Path, label: str = "", expected: str = "an object") -> dict[str, Any]:
+    """Return the object in a JSON file, which must hold one.
+
+    Args:
+        path: the file.
+        label: what the message calls it; its path by default.
+        expected: what the file should hold, for the message.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{label or path}: unreadable ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{label or path}: holds a {type(content).__name__}, not {expected}")
+    return content

@@ -21,7 +21,7 @@ from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.files import publish_folder, write_atomically
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json, load_yaml
+from megatron_ettin.base.parsing import load_object, load_yaml
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
 
@@ -275,15 +275,8 @@ def bytes_of_newest(run_dir: Path) -> int | None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of progress.json: step, tokens and whatever else the run recorded."""
-    path = Path(checkpoint) / "progress.json"
-    try:
-        progress = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    if not isinstance(progress, dict):
-        raise UserError(f"{path}: holds a {type(progress).__name__}, not an object with step and tokens")
-    return progress
+    """Return the content of progress.json: step, tokens and whatever else the run recorded. Raises UserError."""
+    return load_object(Path(checkpoint) / "progress.json", expected="an object with step and tokens")
 
 
 def read_stored_config(folder: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def make_plan(args: argparse.Namespace) -> ReleasePlan:
     from megatron_ettin.evaluate.inference import logits_of
     from megatron_ettin.release.build import ReleasePlan
     from megatron_ettin.release.chain import find_release_chain
-    from megatron_ettin.release.record import ReleaseOptions
+    from megatron_ettin.release.revision import ReleaseOptions
     from megatron_ettin.report.plots import overview_of_chain
     from megatron_ettin.runs.directory import last_phase
 

@@ -11,11 +11,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import LockHeldError, try_lock
-from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
@@ -104,14 +102,3 @@ def hf_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
     here = folder.absolute()
     is_cached = here.parent.name == "snapshots"
     return path_in(folder, name, named_by or folder, root=here.parents[1] if is_cached else None)
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object. Raises UserError."""
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not an object")
-    return content

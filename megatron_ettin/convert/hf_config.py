@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.parsing import load_object
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.convert.folders import json_object
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
 CLASSES = {"mlm": "ModernBertForMaskedLM", "clm": "ModernBertDecoderForCausalLM"}
@@ -96,7 +96,7 @@ def from_hf_config(path: Path) -> ParsedHfConfig:
     """Read a config.json of either generation. Raises UserError for a model that this system does not have."""
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with config.json and safetensors files")
-    config = json_object(path)
+    config = load_object(path)
     try:
         objective = _objective(config, path)
     except (TypeError, KeyError) as error:

@@ -52,7 +52,7 @@ def model_card(
     dtype: str,
     has_tokenizer: bool,
     parity: dict[str, Any] | None,
-    info: CardInfo = CardInfo(),
+    info: CardInfo,
 ) -> str:
     """Return the card's text, which states only what the checkpoint and its owners say.
 

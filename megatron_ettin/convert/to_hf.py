@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,14 @@ from megatron_ettin.checkpoint.integrity import INTEGRITY
 from megatron_ettin.convert.folders import resolve_output, staging_dir
 from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_config
 from megatron_ettin.convert.importing import Report
-from megatron_ettin.convert.model_card import model_card
+from megatron_ettin.convert.model_card import CardInfo, model_card
 from megatron_ettin.convert.safetensors_file import TensorSpec, write_model
 from megatron_ettin.convert.source import SourceCheckpoint, cross_notes
-from megatron_ettin.convert.tokenizer_files import TokenizerFormat, export_tokenizer, special_ids
+from megatron_ettin.convert.tokenizer_files import export_tokenizer, special_ids
 from megatron_ettin.convert.verify import Logits, check_export
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
-Card = Callable[[SourceCheckpoint, str, bool, dict[str, Any] | None], str]
-"""(source, dtype, has a tokenizer, parity record) -> text of README.md."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class ExportOptions:
     """Compare tensors and, given `our_logits`, logits with transformers' before the folder gets its name."""
     our_logits: Logits | None = None
     """Computes the logits of this system's model."""
+    info: CardInfo = field(default_factory=CardInfo)
+    """What the card says that the checkpoint does not record."""
 
     def __post_init__(self) -> None:
         if self.dtype_name not in DTYPES:
@@ -63,11 +63,7 @@ class ExportOptions:
 
 
 def to_hf(
-    checkpoint: Path,
-    out: Path,
-    options: ExportOptions = ExportOptions(),
-    report: Report | None = None,
-    card: Card = model_card,
+    checkpoint: Path, out: Path, options: ExportOptions = ExportOptions(), report: Report | None = None
 ) -> dict[str, Any]:
     """Export `checkpoint` (or a run's latest) to the new folder `out`.
 
@@ -76,7 +72,6 @@ def to_hf(
         out: the folder to make.
         options: what to export, and how.
         report: called with (tensors done, tensors in all).
-        card: writes README.md.
 
     Returns:
         What was written, for people and JSON.
@@ -91,8 +86,9 @@ def to_hf(
         try:
             files = _write_model(source, staging, options, report)
             ends_with_sep = source.progress.get("end_token") != "none"
-            layout = TokenizerFormat(source.objective, source.trained_length, ends_with_sep)
-            has_tokenizer = export_tokenizer(source.tokenizer, staging, layout)
+            has_tokenizer = export_tokenizer(
+                source.tokenizer, staging, source.objective, source.trained_length, ends_with_sep
+            )
             parity = check_export(source, staging, DTYPES[dtype], options.our_logits) if options.verify else None
         except UserError:
             # a damaged file is reported by its checksum rather than by what it leads to
@@ -104,7 +100,8 @@ def to_hf(
                 # `ettin report` finds a run's checkpoint by it; initial weights have none
                 parity["source"] = sha256(source.checkpoint / INTEGRITY)
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
+        card = model_card(source, dtype, has_tokenizer, parity, options.info)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         for path in (*staging.iterdir(), staging):
             fsync(path)
         publish_folder(staging, resolve_output(out))

@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.parsing import load_object
 from megatron_ettin.config.tables import VOCABULARY
-from megatron_ettin.convert.folders import hf_file, json_object
-from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size
+from megatron_ettin.convert.folders import hf_file
+from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size, write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PADDING_SIDES = {"mlm": "right", "clm": "left"}
@@ -30,43 +30,43 @@ TRAINED = "megatron_ettin_trained"
 """Key of tokenizer_config.json for what training had and the released files do not show."""
 
 
-@dataclass(frozen=True)
-class TokenizerFormat:
-    """Treatment of a text by a released tokenizer."""
+def export_tokenizer(source: Path, target: Path, objective: str, max_length: int, ends_with_sep: bool) -> bool:
+    """Copy a checkpoint's tokenizer into a released folder as its objective needs it.
 
-    objective: str
-    max_length: int
-    """Tokens of the longest text trained on, special tokens included."""
-    ends_with_sep: bool = True
-    """Whether the chunks of training ended in [SEP]."""
+    Args:
+        source: the checkpoint's tokenizer/.
+        target: the released folder.
+        objective: mlm or clm.
+        max_length: tokens of the longest text trained on, special tokens included.
+        ends_with_sep: whether the chunks of training ended in [SEP].
 
-
-def export_tokenizer(source: Path, target: Path, layout: TokenizerFormat) -> bool:
-    """Copy a checkpoint's tokenizer into a released folder as its objective needs it; False without a tokenizer."""
+    Returns:
+        Whether the checkpoint has a tokenizer.
+    """
     if not _copy(source, target):
         return False
-    content, settings = json_object(target / FILES[0]), _read_settings(target)
+    content, settings = load_object(target / FILES[0]), _read_settings(target)
     trained = {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}
     tokens = special_tokens(target)
     if "cls" in tokens and "sep" in tokens:
-        _set_frame(content, tokens, layout.ends_with_sep and layout.objective == "mlm")
-        _write_json(target / FILES[0], content)
+        _set_frame(content, tokens, ends_with_sep and objective == "mlm")
+        write_json(target / FILES[0], content)
     given = {key: value for key, value in settings.items() if value is not None}
     settings = {f"{role}_token": text for role, (_, text) in tokens.items()} | given
     _drop_ends(settings)
-    if layout.objective == "clm":
+    if objective == "clm":
         settings.setdefault("bos_token", settings.get("cls_token"))
         settings.setdefault("eos_token", settings.get("sep_token"))
     # without model_input_names, transformers 4 makes token_type_ids, which the model refuses
     settings = _for_both_generations(settings) | {
-        "padding_side": PADDING_SIDES[layout.objective],
+        "padding_side": PADDING_SIDES[objective],
         "model_input_names": INPUTS,
     }
-    settings["model_max_length"] = layout.max_length
+    settings["model_max_length"] = max_length
     _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True)
     if trained != {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}:
         settings[TRAINED] = trained
-    _write_json(target / FILES[1], settings)
+    write_json(target / FILES[1], settings)
     return True
 
 
@@ -74,7 +74,7 @@ def import_tokenizer(source: Path, target: Path) -> bool:
     """Copy a released folder's tokenizer into a checkpoint as training had it; False without a tokenizer."""
     if not _copy(source, target):
         return False
-    content, given = json_object(target / FILES[0]), _read_settings(target)
+    content, given = load_object(target / FILES[0]), _read_settings(target)
     settings = {key: value for key, value in given.items() if key not in (TRAINED, "padding_side")}
     _drop_ends(settings)
     trained = given.get(TRAINED)
@@ -82,11 +82,11 @@ def import_tokenizer(source: Path, target: Path) -> bool:
         content["post_processor"] = trained["post_processor"]
         if trained.get("pad_token") is None:
             settings.pop("pad_token", None)
-        _write_json(target / FILES[0], content)
+        write_json(target / FILES[0], content)
     elif _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True):
-        _write_json(target / FILES[0], content)
+        write_json(target / FILES[0], content)
     if settings != given:
-        _write_json(target / FILES[1], settings)
+        write_json(target / FILES[1], settings)
     return True
 
 
@@ -184,11 +184,7 @@ def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return what tokenizer_config.json says; nothing without one."""
-    return json_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return load_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
 
 
 def _text(settings: dict[str, Any], role: str) -> str:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import tokenizers
 
 from megatron_ettin.base.errors import UserError, first_line
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import load_object
 from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"
@@ -239,13 +239,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            try:
-                content = load_json((folder / file).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"tokenizer {folder / file}: not valid JSON ({error})") from None
-            if not isinstance(content, dict):
-                raise UserError(f"tokenizer {folder / file}: holds a {type(content).__name__}, not an object")
-            config.update(content)
+            config |= load_object(folder / file, f"tokenizer {folder / file}")
     return config
 
 

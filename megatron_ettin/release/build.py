@@ -18,28 +18,24 @@ from typing import Any
 
 from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeldError, fsync, try_lock, write_atomically
+from megatron_ettin.base.files import LockHeldError, fsync, publish_folder, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_object
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.convert.verify import Logits
 from megatron_ettin.release.card import CURVE, dataset_names, main_card
 from megatron_ettin.release.chain import PREFIXES, Revision, revisions_of
-from megatron_ettin.release.record import (
+from megatron_ettin.release.revision import (
     RECORD,
     WORK,
     ReleaseOptions,
-    expected_record,
-    is_released,
-    read_record,
-    write_record,
-)
-from megatron_ettin.release.revision import (
-    RevisionJob,
     RevisionResult,
     choose_worker_count,
+    expected_record,
+    is_released,
     make_revisions,
-    publish_revision,
+    read_record,
+    write_record,
 )
 from megatron_ettin.runs import order_export
 from megatron_ettin.runs.chain import PhaseChain
@@ -132,30 +128,31 @@ def release(plan: ReleasePlan, report: ProgressReport | None = None) -> ReleaseR
 def _make_revisions(
     plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult, report: ProgressReport | None
 ) -> None:
-    jobs = _missing(plan, revisions, result)
+    missing = _missing(plan, revisions, result)
     if report is not None:
-        report(0, len(jobs), None)
-    if not jobs:
+        report(0, len(missing), None)
+    if not missing:
         return
-    result.workers = choose_worker_count(plan.workers, len(jobs), plan.chain.runs[-1].config.model)
-    for done, one in enumerate(make_revisions(jobs, result.workers), start=1):
+    result.workers = choose_worker_count(plan.workers, len(missing), plan.chain.runs[-1].config.model)
+    made = make_revisions(missing, plan.out, plan.options, plan.our_logits, result.workers)
+    for done, one in enumerate(made, start=1):
         result.seconds_each[one.name] = one.seconds
         if one.error is None:
             result.made.append(one.name)
         else:
             result.failed[one.name] = one.error
         if report is not None:
-            report(done, len(jobs), one)
+            report(done, len(missing), one)
 
 
-def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult) -> list[RevisionJob]:
-    """Return jobs for the revisions that are missing or differ.
+def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult) -> list[Revision]:
+    """Return the revisions that are missing or differ.
 
     Raises:
         UserError: a revision there holds other weights, most likely those of a run with another learning rate; the
             revisions of both would be mixed.
     """
-    jobs = []
+    missing = []
     for revision in revisions:
         folder = plan.out / revision.name
         try:
@@ -171,8 +168,8 @@ def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult
                 f"--out {plan.out}: its {revision.name} is of other weights than {revision.checkpoint or 'these'};"
                 " name a new folder, or --replace to make it anew"
             )
-        jobs.append(RevisionJob(revision, plan.out, plan.options, plan.our_logits))
-    return jobs
+        missing.append(revision)
+    return missing
 
 
 def _sorted_records(out: Path) -> list[dict[str, Any]]:
@@ -278,7 +275,7 @@ def _write_main(plan: ReleasePlan, records: Sequence[dict[str, Any]], result: Re
     expected = {key: value for key, value in records[-1].items() if key not in ("files", "parity")}
     write_record(folder, expected)
     if read_record(out / "main") != read_record(folder):
-        publish_revision(folder, out / "main")
+        publish_folder(folder, out / "main", aside=folder.with_name("main.replaced"))
 
 
 def _write_orders(plan: ReleasePlan, revisions: Sequence[Revision], result: ReleaseResult) -> None:

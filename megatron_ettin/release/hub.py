@@ -15,7 +15,7 @@ from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.release.build import ORDERS
-from megatron_ettin.release.record import RECORD, read_record
+from megatron_ettin.release.revision import RECORD, read_record
 
 ATTRIBUTES = ".gitattributes"
 """A file of the hub's own."""

@@ -2,11 +2,15 @@
 
 Several processes make revisions at a time, each with one thread: the figures of a parity record then do not depend on
 the number of cores, and a release that was interrupted ends in the same bytes.
+
+release.json of a revision lists its source, and every file with its size and sha256. A second `ettin release` reads it
+to keep finished revisions. A user who downloads a revision can check its files.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -18,26 +22,34 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError, serve_parent
-from megatron_ettin.base.files import publish_folder
+from megatron_ettin.base.files import fsync, publish_folder
+from megatron_ettin.base.parsing import read_json_object
+from megatron_ettin.base.paths import path_in
 from megatron_ettin.checkpoint.directory import list_checkpoints
-from megatron_ettin.checkpoint.integrity import check_nothing_else
+from megatron_ettin.checkpoint.integrity import INTEGRITY, check_nothing_else
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.tables import OBJECTIVES, parameter_count
 from megatron_ettin.convert.importing import write_checkpoint
-from megatron_ettin.convert.model_card import CardInfo, model_card
+from megatron_ettin.convert.model_card import CardInfo
 from megatron_ettin.convert.rules import weight_mappings
 from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from megatron_ettin.convert.verify import Logits, ParityError
 from megatron_ettin.platform.cpu import keep_freed_memory
 from megatron_ettin.release.chain import Revision
-from megatron_ettin.release.record import WORK, ReleaseOptions, expected_record, write_record
 from megatron_ettin.runs.directory import RunDirectory
 
+RECORD = "release.json"
+WORK = ".work"
+"""Folder in the release for unfinished revisions; it is removed at the end."""
+FORMAT = 2
+"""Version of the format of a revision's content; a revision of another version is made again."""
 BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
 """Memory of a worker, measured: both models in float32 while they are compared, and the imports."""
 
@@ -47,13 +59,14 @@ class WorkerLostError(Exception):
 
 
 @dataclass(frozen=True)
-class RevisionJob:
-    """Arguments for a worker that makes one revision of the release in `out`."""
+class ReleaseOptions:
+    """Options that, together with the checkpoint, decide the bytes of a revision."""
 
-    revision: Revision
-    out: Path
-    options: ReleaseOptions
-    our_logits: Logits
+    name: str
+    dtype: str = "float32"
+    max_shard_bytes: int = 5_000_000_000
+    licence: str | None = None
+    """SPDX identifier."""
 
 
 @dataclass(frozen=True)
@@ -66,35 +79,30 @@ class RevisionResult:
     """Reason why there is no such revision."""
 
 
-def make_revision(job: RevisionJob) -> RevisionResult:
-    """Convert, verify and publish one revision.
+def make_revision(revision: Revision, out: Path, options: ReleaseOptions, our_logits: Logits) -> RevisionResult:
+    """Convert, verify and publish one revision of the release in `out`.
 
     A checkpoint that cannot be released is reported in the result, so that the others go on.
     """
     began = time.perf_counter()
-    revision, options, error = job.revision, job.options, None
-    folder = job.out / WORK / revision.name
+    folder, error = out / WORK / revision.name, None
     try:
         expected = expected_record(revision, options)
         checkpoint = revision.checkpoint or write_initial(revision.run, folder.with_name(f"{revision.name}.initial"))
         info = CardInfo(options.name, options.licence, revision.name, revision.total_tokens)
-        card = functools.partial(model_card, info=info)
-        export = ExportOptions(options.dtype, None, options.max_shard_bytes, verify=True, our_logits=job.our_logits)
-        to_hf(checkpoint, folder, export, card=card)
+        export = ExportOptions(
+            options.dtype, max_shard_bytes=options.max_shard_bytes, verify=True, our_logits=our_logits, info=info
+        )
+        to_hf(checkpoint, folder, export)
         write_record(folder, expected)
-        publish_revision(folder, job.out / revision.name)
+        publish_folder(folder, out / revision.name, aside=folder.with_name(f"{revision.name}.replaced"))
     except (UserError, ParityError) as refusal:
         error = str(refusal)
     except OSError as refusal:
-        error = f"{job.out}: cannot be written ({refusal.strerror or refusal})"
+        error = f"{out}: cannot be written ({refusal.strerror or refusal})"
     if error is not None and revision.checkpoint is not None and not revision.checkpoint.is_dir():
         error = f"{revision.checkpoint}: was removed while it was read; a run keeps checkpoint.keep of them"
     return RevisionResult(revision.name, time.perf_counter() - began, error)
-
-
-def publish_revision(folder: Path, final: Path) -> None:
-    """Rename a finished folder to `final`; a folder that is there is moved aside first and removed last."""
-    publish_folder(folder, final, aside=folder.with_name(f"{final.name}.replaced"))
 
 
 def write_initial(run: RunDirectory, folder: Path) -> Path:
@@ -125,13 +133,16 @@ def choose_worker_count(requested: int | None, jobs: int, model: ModelConfig) ->
     return max(1, min(len(os.sched_getaffinity(0)), fitting, jobs))
 
 
-def make_revisions(jobs: Sequence[RevisionJob], workers: int) -> Iterator[RevisionResult]:
-    """Make every job's revision in processes and yield results as they come. Raises WorkerLostError."""
+def make_revisions(
+    revisions: Sequence[Revision], out: Path, options: ReleaseOptions, our_logits: Logits, workers: int
+) -> Iterator[RevisionResult]:
+    """Make revisions in processes and yield results as they come. Raises WorkerLostError."""
     # threads and torch do not survive a fork
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_initialize_worker)
     try:
-        for done in as_completed([pool.submit(make_revision, job) for job in jobs]):
+        making = [pool.submit(make_revision, revision, out, options, our_logits) for revision in revisions]
+        for done in as_completed(making):
             yield done.result()
         pool.shutdown()
     except BrokenProcessPool:
@@ -154,3 +165,69 @@ def _initialize_worker() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+
+
+def source_identity(revision: Revision) -> str:
+    """Return a digest that identifies the content of a revision's checkpoint.
+
+    It is the sha256 of integrity.json, which holds the sha256 of every file. A revision of the initial weights has no
+    checkpoint, so its digest is that of the seed, the shape and the other keys that decide the weights.
+
+    Raises:
+        UserError: integrity.json is not readable.
+    """
+    if revision.checkpoint is None:
+        run, model = revision.run.config, revision.run.config.model
+        shape = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
+        drawn = (run.run.seed, *shape, model.vocab_size, model.init_std, model.output_bias_init)
+        return hashlib.sha256(f"initial {drawn} {run.precision.name}".encode()).hexdigest()
+    path = revision.checkpoint / INTEGRITY
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror or error})") from None
+
+
+def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, Any]:
+    """Return the record that the revision should have, without the list of files."""
+    return {
+        **{"format": FORMAT, "revision": revision.name, "phase": revision.phase, "step": revision.step},
+        **{"tokens": revision.tokens, "total_tokens": revision.total_tokens, "source": source_identity(revision)},
+        **{"name": options.name, "dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes},
+        "licence": options.licence,
+    }
+
+
+def write_record(folder: Path, expected: dict[str, Any]) -> None:
+    """Write the record of a finished folder, with the list of its files, and force all files to the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    }
+    (folder / RECORD).write_text(json.dumps({**expected, "files": files}, indent=1) + "\n", encoding="utf-8")
+    for path in (*paths, folder / RECORD, folder):
+        fsync(path)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a released folder; empty if it has no readable one."""
+    record = read_json_object(folder / RECORD)
+    return record if isinstance(record.get("files"), dict) else {}
+
+
+def is_complete(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
+    """Return whether every file of the record exists with its size and, if `checksums` is set, with its sha256."""
+    for name, entry in record["files"].items():
+        path = path_in(folder, name, folder / RECORD, nested=True)
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        if checksums and sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def is_released(folder: Path, expected: dict[str, Any], checksums: bool) -> bool:
+    """Return whether `folder` is the expected revision, verified against transformers, and complete."""
+    record = read_record(folder)
+    same = bool(record) and {key: record.get(key) for key in expected} == expected
+    return same and "parity.json" in record["files"] and is_complete(folder, record, checksums)

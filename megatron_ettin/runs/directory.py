@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json, read_json_lines, read_json_object
+from megatron_ettin.base.parsing import load_json, load_object, read_json_lines, read_json_object
 from megatron_ettin.checkpoint.directory import (
     list_checkpoints,
     named_latest,
@@ -188,14 +188,8 @@ class RunDirectory:
     def check_order(self) -> None:
         """Raise UserError if order.json exists and cannot be read."""
         path = self.path / ORDER
-        if self.order or not path.exists():
-            return
-        try:
-            content = load_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: expected a JSON object")
+        if not self.order and path.exists():
+            load_object(path)
 
     @property
     def fingerprint(self) -> str | None:

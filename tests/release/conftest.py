@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,19 +60,21 @@ def released(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def without_workers() -> Iterator[None]:
-    """Have the command make revisions by itself, of jobs as they would come to a worker process: those import for
+    """Have the command make revisions by itself, of arguments as they would come to a worker process: those import for
     seconds (test_faults.py has them)."""
     import torch
 
     from megatron_ettin.release import build
     from megatron_ettin.release.revision import make_revision
 
+    def make_here(revisions: Sequence[Any], *shared: Any) -> Iterator[Any]:
+        arguments = [(revision, *shared[:-1]) for revision in revisions]
+        return itertools.starmap(make_revision, pickle.loads(pickle.dumps(arguments)))
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker: figures of parity depend on it
     try:
-        with mock.patch.object(
-            build, "make_revisions", lambda jobs, _: map(make_revision, pickle.loads(pickle.dumps(jobs)))
-        ):
+        with mock.patch.object(build, "make_revisions", make_here):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -15,12 +15,14 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
 
-from megatron_ettin.release import revision
-from megatron_ettin.release.revision import RevisionJob, RevisionResult, make_revision
+from megatron_ettin.release import revision as revision_module
+from megatron_ettin.release.chain import Revision
+from megatron_ettin.release.revision import RevisionResult, make_revision
 from tests import forkserver
 from tests.prepare.small_tasks import wait_for
 
@@ -125,15 +127,15 @@ def be_release(*line: str) -> int | None:
     fork = multiprocessing.get_context("fork")
     with (
         mock.patch.object(multiprocessing, "get_context", lambda method=None: fork),
-        mock.patch.object(revision, "make_revision", make_unless_held),
+        mock.patch.object(revision_module, "make_revision", make_unless_held),
     ):
         return forkserver.be_program("ettin", *line)
 
 
-def make_unless_held(job: RevisionJob) -> RevisionResult:
-    if job.revision.name == os.environ.get(HELD_VARIABLE):
+def make_unless_held(revision: Revision, *others: Any) -> RevisionResult:
+    if revision.name == os.environ.get(HELD_VARIABLE):
         threading.Event().wait()
-    return make_revision(job)
+    return make_revision(revision, *others)
 
 
 def forget_hub() -> None:

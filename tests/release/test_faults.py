@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.release.record import is_complete, read_record
+from megatron_ettin.release.revision import is_complete, read_record
 from tests.prepare.small_tasks import wait_for
 from tests.release.conftest import NAMES, SAME, files_of, release
 from tests.release.running import Running
