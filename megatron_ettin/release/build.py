@@ -115,7 +115,7 @@ def release(plan: ReleasePlan, report: ProgressReport | None = None) -> ReleaseR
             keys = ("revision", "phase", "step", "total_tokens")
             index = {
                 **_identity(plan),
-                "main": revisions[-1].name,
+                "main": records[-1]["revision"],
                 "revisions": [{key: one[key] for key in keys} for one in records],
                 ORDERS: result.orders,
             }

@@ -160,6 +160,16 @@ def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path
     assert files_of(tmp_path / "out/step10") == files_of(released / "step10")
 
 
+def test_release_of_an_earlier_phase_leaves_main_at_the_newest_revision(trained, tmp_path, capfd, released):
+    """The index names the revision that `main` holds, also when this call's runs end before it."""
+    out = tmp_path / "out"
+    shutil.copytree(released, out)
+    status, _, err = release(capfd, trained / "mlm/pretrain", "--out", out, "--order", "none", *SAME)
+    assert status == 0, err
+    assert json.loads((out / "main" / "release.json").read_text())["revision"] == "decay1"
+    assert json.loads((out / "release.json").read_text())["main"] == "decay1"
+
+
 def test_release_finds_runs_that_moved_together(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm", tmp_path / "moved", ignore=shutil.ignore_patterns("step_*5"))
     shutil.rmtree(tmp_path / "moved/extend/checkpoints/step_000000001")
