@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,55 +24,21 @@ from megatron_ettin.config.schema import Config, ModelConfig
 from megatron_ettin.config.tables import published_size
 from megatron_ettin.convert.folders import resolve_output, staging_dir
 from megatron_ettin.convert.rules import TIED, WeightMapping
-from megatron_ettin.convert.safetensors_file import read_ahead
+from megatron_ettin.convert.safetensors_file import ModelFiles, read_ahead
+
+if TYPE_CHECKING:
+    from megatron_ettin.convert.composer.weights import TrainerWeights
 
 Report = Callable[[int, int], None]
 """Called with the number of tensors done and of all tensors."""
-
-
-class TensorInfo(Protocol):
-    """Shape and type of a tensor that was not read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the tensor."""
-
-    @property
-    def dtype(self) -> str:
-        """Return the name of its type in the file's format."""
-
-
-class WeightFiles(Protocol):
-    """Weights of another system by their Hugging Face names."""
-
-    @property
-    def path(self) -> Path:
-        """Return the file or folder, for messages."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return all tensors by name."""
-
-    @property
-    def dtypes(self) -> Collection[str]:
-        """Return the types of tensors that can be read."""
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Return whether tensors may be read in threads before they are asked for."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a tensor."""
-
-    def display_name(self, name: str) -> str:
-        """Return what the file calls a tensor, for messages."""
 
 
 @dataclass(frozen=True)
 class ModelImport:
     """A model that is going to be written as a checkpoint."""
 
-    files: WeightFiles
+    files: ModelFiles | TrainerWeights
+    """Its weights by their Hugging Face names."""
     model: ModelConfig
     objective: str
     """Objective that it is imported as: mlm or clm."""

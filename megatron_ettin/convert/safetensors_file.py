@@ -127,7 +127,7 @@ class StoredTensor:
 
 
 class ModelFiles:
-    """Tensors of a Hugging Face folder by name, in one file or in shards (a `WeightFiles`).
+    """Tensors of a Hugging Face folder by name, in one file or in shards.
 
     The library maps a whole file into memory. It is mapped anew for each tensor, so that the pages are released.
     """

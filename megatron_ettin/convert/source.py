@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,8 +62,9 @@ class SourceCheckpoint:
         check_nothing_else(self.checkpoint)
         verify(self.checkpoint, which=lambda name: not name.endswith(WEIGHTS))
         hashing = ThreadPoolExecutor(1, "sha256")
-        weights = functools.partial(verify, which=lambda name: name.endswith(WEIGHTS), background=True)
-        self._weights = hashing.submit(weights, self.checkpoint)
+        self._weights = hashing.submit(
+            verify, self.checkpoint, which=lambda name: name.endswith(WEIGHTS), background=True
+        )
         hashing.shutdown(wait=False)
         config_path = self.checkpoint / "config.yaml"
         groups = read_config(self.checkpoint)

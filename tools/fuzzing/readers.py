@@ -157,8 +157,7 @@ def make_composer(folder: Path) -> list[str]:
 
 
 def read_composer(folder: Path) -> None:
-    from megatron_ettin.convert.composer.safe_unpickler import TensorRecord
-    from megatron_ettin.convert.composer.torch_file import TorchFile
+    from megatron_ettin.convert.composer.safe_unpickler import TensorRecord, TorchFile
 
     file = TorchFile(folder / "ep0.pt")
     try:

@@ -23,7 +23,7 @@ from megatron_ettin.config.overrides import read_yaml
 from megatron_ettin.config.recipe import PHASES
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.tables import SIZES
-from megatron_ettin.convert.composer.torch_file import TorchFile
+from megatron_ettin.convert.composer.safe_unpickler import TorchFile
 from megatron_ettin.convert.composer.weights import BIAS, EMBEDDING, TrainerWeights, find_weights, lookup
 from megatron_ettin.convert.hf_config import MODEL_TYPES, from_hf_config
 from megatron_ettin.convert.importing import ModelImport, Report

@@ -11,13 +11,12 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.convert.composer.safe_unpickler import TensorRecord
-from megatron_ettin.convert.composer.torch_file import DTYPES, TorchFile
+from megatron_ettin.convert.composer.safe_unpickler import DTYPES, TensorRecord, TorchFile
 from megatron_ettin.convert.rules import TIED
 
 STATE_DICTS = (("state", "model"), ("model",), ("state_dict",), ("model_state_dict",), ())
@@ -37,7 +36,7 @@ RENAMES = (
 
 @dataclass(frozen=True)
 class TrainerWeights:
-    """Tensors of a trainer's file by their Hugging Face names (a `WeightFiles`)."""
+    """Tensors of a trainer's file by their Hugging Face names."""
 
     file: TorchFile
     tensors: dict[str, TensorRecord]
@@ -46,18 +45,15 @@ class TrainerWeights:
     """`head` or `lm_head`, as the file has it."""
     naming: str
     """The objective whose names these are, for `weight_mappings`."""
-    reads_ahead: bool = False
+    dtypes: ClassVar[Collection[str]] = DTYPES.keys()
+    """Classes of storages that can be read."""
+    reads_ahead: ClassVar[bool] = False
     """All tensors may lie in one storage, which is read for each."""
 
     @property
     def path(self) -> Path:
         """Return the path of the file."""
         return self.file.path
-
-    @property
-    def dtypes(self) -> Collection[str]:
-        """Return the classes of storages that can be read."""
-        return DTYPES
 
     @property
     def num_layers(self) -> int:
