@@ -17,10 +17,9 @@ import numpy as np
 from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import read_json_lines, read_json_object
-from megatron_ettin.base.paths import path_in
 from megatron_ettin.base.text import masked
-from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
-from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
+from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones
+from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries, verify
 from megatron_ettin.runs.chain import PhaseChain
 from megatron_ettin.runs.directory import RunDirectory
 
@@ -70,64 +69,33 @@ def _sources(
         yield Consumed(str(one.get("name")), shared, read, epochs)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint or a milestone."""
-
-    type: str
-    path: Path
-    step: int | None
-    tokens: int | None
-    bytes: int | None
-    integrity: str
-    whole: bool
-    parity: str
-
-
-def saved(run: RunDirectory, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
-    """Return everything that a run has saved, oldest first. `exports` are those of `exported`."""
+def saved_paths(run: RunDirectory) -> list[tuple[str, Path]]:
+    """Return everything that a run has saved, oldest first: `checkpoint` or `milestone`, and the path."""
     paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
     paths += [("milestone", path) for path in list_milestones(run.path)]
-    return sorted((_saved(saved_type, path, exports) for saved_type, path in paths), key=lambda one: one.path.name)
-
-
-def _saved(saved_type: str, path: Path, exports: dict[str, tuple[Path, str]]) -> Saved:
-    try:
-        progress = read_progress(path)
-    except UserError:
-        progress = {}
-    whole, detail, size = integrity_of(path)
-    parity = ""
-    if exports:
-        export = exports.get(identity(path))
-        parity = "not exported" if export is None else describe_parity(*export)
-    numbers = {key: progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens")}
-    return Saved(saved_type, path, numbers["step"], numbers["tokens"], size, detail, whole, parity)
+    return sorted(paths, key=lambda saved: saved[1].name)
 
 
 def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
     """Return whether all files have their recorded sizes, a text that says so, and the bytes. Contents are not read."""
     try:
         entries = read_entries(checkpoint)
-    except UserError as error:
-        return False, str(error), None
-    for name, entry in entries.items():
-        try:
-            if path_in(checkpoint, name, checkpoint / INTEGRITY, nested=True).stat().st_size != entry["bytes"]:
-                return False, f"{name} has another size than recorded", None
-        except UserError as error:
-            return False, str(error), None
-        except OSError:
-            return False, f"{name} is missing", None
+        verify(checkpoint, checksums=False)
+    except (UserError, OSError) as error:
+        return False, str(error).removeprefix(f"{checkpoint}/"), None
     return True, f"{len(entries)} files in their recorded sizes", sum(entry["bytes"] for entry in entries.values())
 
 
-def identity(checkpoint: Path) -> str:
-    """Return the digest by which an export names the checkpoint that it was made of."""
+def parity_of(checkpoint: Path, exports: dict[str, tuple[Path, str]]) -> str:
+    """Return a text on the parity of a checkpoint's export with transformers. `exports` are those of `exported`."""
+    if not exports:
+        return "no export found"
     try:
-        return sha256(checkpoint / INTEGRITY)
+        # an export names the checkpoint that it was made of by this digest
+        export = exports.get(sha256(checkpoint / INTEGRITY))
     except OSError:
-        return ""
+        export = None
+    return "not exported" if export is None else describe_parity(*export)
 
 
 def describe_parity(folder: Path, name: str) -> str:

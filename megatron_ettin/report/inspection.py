@@ -17,7 +17,8 @@ from megatron_ettin.checkpoint.directory import list_checkpoints, read_config, r
 from megatron_ettin.checkpoint.integrity import check_nothing_else, verify as verify_checkpoint
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.tables import long_name, short_name
-from megatron_ettin.metrics.record import METRICS_FILE, read_metrics
+from megatron_ettin.metrics.record import METRICS_FILE
+from megatron_ettin.runs.directory import RunDirectory
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
 _RUN_KEYS = ("size", "objective", "phase")
@@ -79,16 +80,16 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
 
 def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
     """Describe the configuration, last step and checkpoints of a run."""
-    groups = read_config(path)
+    directory = RunDirectory(path)
+    groups = directory.groups
     run, model, batch = (groups.get(name) or {} for name in ("run", "model", "batch"))
     checkpoints = list_checkpoints(path)
     if verify:
         for checkpoint in checkpoints:
             check_nothing_else(checkpoint)
             verify_checkpoint(checkpoint)
-    lines = read_metrics(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else []
-    # evaluations may follow the last step
-    last = next((line for line in reversed(lines) if "loss" in line), dict[str, Any]())
+    steps = directory.steps if (path / METRICS_FILE).is_file() else {}
+    last = next(reversed(steps.values()), dict[str, Any]())
     return {
         "kind": "run",
         "path": str(path),

@@ -47,14 +47,16 @@ def panels(models: Sequence[PhaseChain]) -> Iterator[tuple[str, Panel]]:
         curves = [
             curve
             for model, own, colour in zip(models, axes, colours, strict=True)
-            for curve in _curves(model, [one.get(x_axis) for one in own], chart, colour, len(models) > 1)
+            for curve in _curves(
+                model, [one.get(x_axis) for one in own], chart, colour, model is models[0], len(models) > 1
+            )
         ]
         clipped, from_zero = "clip" in chart, "zero" in chart
         yield chart["id"], Panel(chart["title"], x_axis, curves, chart["unit"], marks, clipped, from_zero)
 
 
 def _curves(
-    model: PhaseChain, x: list[Any], chart: dict[str, Any], colour: int, is_one_of_many: bool
+    model: PhaseChain, x: list[Any], chart: dict[str, Any], colour: int, is_first: bool, is_one_of_many: bool
 ) -> Iterator[Curve]:
     # the page of one model has a colour for each part of a chart, else each model has its own in every chart
     by_key = not is_one_of_many and chart["id"] != "loss"
@@ -78,5 +80,5 @@ def _curves(
                 thin=key != "lr",
                 smooth="smooth" in chart,
                 # the other models' learning rates lie on the first one
-                is_background=is_one_of_many and key == "lr" and colour == 0,
+                is_background=is_one_of_many and key == "lr" and is_first,
             )

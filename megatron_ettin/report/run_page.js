@@ -408,6 +408,7 @@
       if (answer.status === 200) {
         const fresh = await answer.json(), shape = JSON.stringify([data.charts, data.models.map((model) => model.name)]);
         data = fresh.data; document.body.dataset.version = fresh.version;
+        document.title = document.querySelector("h1").textContent = fresh.title;
         for (const [id, html] of Object.entries(fresh.sections)) replace($(id), html);
         axes();
         if (JSON.stringify([data.charts, data.models.map((model) => model.name)]) !== shape) build();

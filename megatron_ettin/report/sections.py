@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import duration, format_count
+from megatron_ettin.checkpoint.directory import read_progress
 from megatron_ettin.config.tables import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison
@@ -285,16 +287,24 @@ def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
     exports = facts.exported(models, releases)
     rows = []
     for model, phase, run in _runs(models):
-        for one in facts.saved(run, exports):
-            name = f"<code class=whole>{escaped(one.path.name)}</code>"
-            tone, word = ("good", "whole") if one.whole else ("bad", "damaged")
-            state = f'<span class="{tone}">{word}</span>: {escaped(one.integrity)}'
-            figures = number(one.step), count(one.tokens), size(one.bytes)
-            rows.append((model, phase, one.type, name, *figures, state, escaped(one.parity or "no export found")))
+        rows += [(model, phase, type_, *_checkpoint(path, exports)) for type_, path in facts.saved_paths(run)]
     heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")
     saved = table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True, none="None yet.")
     note = _soft("Sizes are compared; <code>ettin inspect RUN --verify</code> reads every byte.") if rows else ""
     return f"<h2>Checkpoints and milestones</h2>{saved}{note}"
+
+
+def _checkpoint(path: Path, exports: dict[str, tuple[Path, str]]) -> Sequence[str]:
+    try:
+        progress = read_progress(path)
+    except UserError:
+        progress = {}
+    step, tokens = (progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens"))
+    whole, detail, size_bytes = facts.integrity_of(path)
+    tone, word = ("good", "whole") if whole else ("bad", "damaged")
+    state = f'<span class="{tone}">{word}</span>: {escaped(detail)}'
+    name, parity = f"<code class=whole>{escaped(path.name)}</code>", escaped(facts.parity_of(path, exports))
+    return name, number(step), count(tokens), size(size_bytes), state, parity
 
 
 def configuration(models: Sequence[PhaseChain]) -> str:

@@ -29,26 +29,23 @@ DENSE = 0.9
 # limit for one run
 MOST_MARKS = 1_000
 AXES = ("tokens", "steps", "hours")
-# keys of metrics.jsonl (a * takes the rest) -> title, unit, factor of the values
-CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
-    ("loss", ("loss", "validation_loss"), "Loss", "nats a token", 1.0),
-    ("sources", ("validation_loss_*", "validation_loss/*"), "Validation loss by source", "nats a token", 1.0),
-    ("parts", ("loss_*",), "Training loss by objective", "nats a token", 1.0),
-    ("accuracy", ("validation_accuracy*",), "Validation accuracy", "%", 100.0),
-    ("lr", ("lr",), "Learning rate", "", 1.0),
-    ("grad_norm", ("grad_norm",), "Gradient norm", "", 1.0),
-    ("speed", ("tokens_per_second",), "Tokens per second", "tokens/s", 1.0),
-    ("mfu", ("mfu",), "Model FLOP utilisation", "%", 100.0),
-    ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
-    ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0),
+# id, keys of metrics.jsonl (a * takes the rest), title, unit, factor of the values, flags:
+# "smooth" for a running median, "zero" for an axis from 0 (else noise would fill the chart), "clip" to let a few high
+# values leave the plot, with a mark, where they would flatten the rest
+CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float, tuple[str, ...]], ...] = (
+    ("loss", ("loss", "validation_loss"), "Loss", "nats a token", 1.0, ("smooth",)),
+    ("sources", ("validation_loss_*", "validation_loss/*"), "Validation loss by source", "nats a token", 1.0, ()),
+    ("parts", ("loss_*",), "Training loss by objective", "nats a token", 1.0, ("smooth",)),
+    ("accuracy", ("validation_accuracy*",), "Validation accuracy", "%", 100.0, ()),
+    ("lr", ("lr",), "Learning rate", "", 1.0, ()),
+    ("grad_norm", ("grad_norm",), "Gradient norm", "", 1.0, ("clip", "smooth")),
+    ("speed", ("tokens_per_second",), "Tokens per second", "tokens/s", 1.0, ("zero", "smooth")),
+    ("mfu", ("mfu",), "Model FLOP utilisation", "%", 100.0, ("zero", "smooth")),
+    ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30, ("zero",)),
+    ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0, ()),
 )
-# a few high values leave the plot, with a mark, where they would flatten the rest
-CLIPPED = ("grad_norm",)
-SMOOTHED = ("loss", "parts", "grad_norm", "speed", "mfu")
 # a chart of the slowest rank below this one shows noise
 LEAST_SLOWEST = 1.1
-# else noise would fill the chart
-FROM_ZERO = ("speed", "mfu", "memory")
 
 
 def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
@@ -83,12 +80,11 @@ def shown_keys(models: Sequence[PhaseChain]) -> set[str]:
 def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
     """Return the charts that there are numbers for."""
     drawn = []
-    for name, wanted, title, unit, factor in CHARTS:
+    for name, wanted, title, unit, factor, flags in CHARTS:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
         if shown:
-            drawn.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
-            flags = {"zero": FROM_ZERO, "clip": CLIPPED, "smooth": SMOOTHED}
-            drawn[-1] |= {flag: True for flag, names in flags.items() if name in names}
+            chart = {"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown}
+            drawn.append(chart | dict.fromkeys(flags, True))
     return drawn
 
 

@@ -282,6 +282,19 @@ def test_live_page_adds_new_steps_and_keeps_zoom_and_focus(browser: Browser, tmp
     browser.ask("Page.navigate", url="about:blank")
 
 
+def test_live_page_of_a_folder_takes_the_name_of_a_run_that_is_new(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "mlm")
+    with served(tmp_path / "runs") as (port, source):
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.value("document.title") == "17m mlm"
+        write_run(tmp_path / "runs" / "clm", "clm")
+        look_again(source)
+        browser.until("document.title.includes('17m clm')")
+        assert browser.value("document.querySelector('h1').textContent === document.title")
+        assert browser.errors == []
+    browser.ask("Page.navigate", url="about:blank")
+
+
 @pytest.mark.full
 def test_report_page_of_100_000_steps_opens_in_time_and_zooms_to_steps(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=100_000)

@@ -129,7 +129,7 @@ def test_report_damaged_checkpoint_is_marked(trained: Path, tmp_path: Path, page
     copy = shutil.copytree(trained / "mlm" / "extend", tmp_path / "copy")
     (newest,) = (copy / "checkpoints").glob("step_*")
     (newest / "progress.json").write_text("{}   ")
-    assert "progress.json has another size than recorded" in section(reported(page, copy), "checkpoints")
+    assert "</span>: progress.json: 5 bytes, but " in section(reported(page, copy), "checkpoints")
     (newest / "integrity.json").write_text('{"files": 3}')
     assert '<span class="bad">damaged</span>' in section(reported(page, copy), "checkpoints")
 

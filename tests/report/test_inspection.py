@@ -93,6 +93,12 @@ def test_inspect_run_without_metrics_says_none_recorded(run, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
+def test_inspect_run_leaves_out_values_that_are_no_numbers(run, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "loss": "low"}\n{"step": 2, "tokens": "many"}\n')
+    assert main(["inspect", str(run)]) == 0
+    assert "1 (9 tokens), loss not finite" in capsys.readouterr().out
+
+
 def test_inspect_damaged_checkpoint_is_named(run, capsys):
     path = checkpoints_folder(run) / step_name(10) / "__0_0.distcp"
     content = bytearray(path.read_bytes())
