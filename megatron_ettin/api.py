@@ -38,7 +38,7 @@ ROWS_AT_ONCE = 64
 _RENAMED = {
     "Evaluated": ("megatron_ettin.evaluate.evaluation", "EvalResult"),
     "Measured": ("megatron_ettin.evaluate.evaluation", "EvalMetrics"),
-    "StepInfo": ("megatron_ettin.train.totals", "StepResult"),
+    "StepInfo": ("megatron_ettin.train.progress", "StepResult"),
 }
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 def _stop_in(phase: str) -> Iterator[None]:
     """Deliver a signal to stop in the second step of a phase."""
     from megatron_ettin.train import trainer
-    from megatron_ettin.train.totals import ControlSignal
+    from megatron_ettin.train.progress import ControlSignal
 
     step = trainer.train_step
 

@@ -34,8 +34,8 @@ WAY_OF_A_BATCH = (
     ("batching/batches.py", "MicroBatch"),
     ("train/step.py", "train_step"),
     ("model/model.py", "EttinModel"),
-    ("train/totals.py", "StepTotals"),
-    ("train/totals.py", "StepResult"),
+    ("train/progress.py", "StepTotals"),
+    ("train/progress.py", "StepResult"),
     ("train/hooks/metrics.py", "step_metrics"),
     ("metrics/record.py", "JsonlSink"),
 )

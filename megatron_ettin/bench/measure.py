@@ -30,10 +30,9 @@ from megatron_ettin.parallel.groups import AXES, axes_of_groups, destroy_model_p
 from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
 from megatron_ettin.platform import Platform
 from megatron_ettin.platform.trackers import CommVolumeTracker, PeakMemoryTracker
-from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.progress import Progress, StepResult
 from megatron_ettin.train.setup import TrainState, setup_training
 from megatron_ettin.train.step import train_step
-from megatron_ettin.train.totals import StepResult
 
 TIMED_STEPS = 2
 

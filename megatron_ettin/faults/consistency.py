@@ -35,9 +35,9 @@ from megatron_ettin.parallel.collectives import all_gather_object, barrier, worl
 from megatron_ettin.parallel.failure_report import raise_on_all
 from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.progress import StepResult
 from megatron_ettin.train.setup import TrainState
 from megatron_ettin.train.step import run_micro_batches
-from megatron_ettin.train.totals import StepResult
 
 # pp, tp, dp, cp rank
 MeshCoord = tuple[int, int, int, int]

@@ -20,8 +20,7 @@ from megatron_ettin.faults.consistency import replay_check
 from megatron_ettin.metrics.record import finite
 from megatron_ettin.runs.order_export import write_parquet
 from megatron_ettin.train.hooks.base import Run
-from megatron_ettin.train.progress import Progress
-from megatron_ettin.train.totals import StepResult
+from megatron_ettin.train.progress import Progress, StepResult
 
 FOLDER = "bad_steps"
 

@@ -15,7 +15,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.heartbeat import RankInfo
 from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.totals import StepResult
+from megatron_ettin.train.progress import StepResult
 
 WARN_RATIO = 1.5
 # comparisons in a row that name the same rank

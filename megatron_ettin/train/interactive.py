@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ettin.batching.batches import Batches
+    from megatron_ettin.train.progress import StepResult
     from megatron_ettin.train.setup import TrainState
-    from megatron_ettin.train.totals import StepResult
 
 
 @dataclass

@@ -25,8 +25,8 @@ from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import trace_range
 from megatron_ettin.train.graphed_step import GraphedStep
+from megatron_ettin.train.progress import STEP_SLOTS, ControlSignal, StepResult, StepTotals
 from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.totals import STEP_SLOTS, ControlSignal, StepResult, StepTotals
 
 
 def train_step(

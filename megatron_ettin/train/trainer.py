@@ -35,11 +35,11 @@ from megatron_ettin.train.hooks.console import Console
 from megatron_ettin.train.hooks.metrics import Evaluation, Metrics
 from megatron_ettin.train.hooks.profiling import GarbageCollection, Profiling
 from megatron_ettin.train.job import TrainJob
+from megatron_ettin.train.progress import ControlSignal
 from megatron_ettin.train.run_log import complete_line, ending_lines, log_start
 from megatron_ettin.train.setup import setup_training
 from megatron_ettin.train.step import train_step
 from megatron_ettin.train.stop_signal import StopSignal
-from megatron_ettin.train.totals import ControlSignal
 
 RENDEZVOUS_SECONDS = 600.0
 # time by which hosts may differ in copying the data

@@ -13,9 +13,8 @@ from pathlib import Path
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.schema import Config
 from megatron_ettin.faults.heartbeat import Heartbeat
-from megatron_ettin.train.progress import Progress, is_done
+from megatron_ettin.train.progress import ControlSignal, Progress, StepResult, is_done
 from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.totals import ControlSignal, StepResult
 
 
 @dataclass

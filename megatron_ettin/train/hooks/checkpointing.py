@@ -11,8 +11,8 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.skipped_steps import TrainingStoppedError, way_back
 from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.progress import ControlSignal, StepResult
 from megatron_ettin.train.saving import Retry, SaveFailedError, Saver, SaveRequest, SaveResult, failure_line
-from megatron_ettin.train.totals import ControlSignal, StepResult
 
 
 class Checkpoints(Hook):

@@ -14,7 +14,7 @@ from megatron_ettin.config.schema import RunSettings
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.hooks.metrics import step_metrics
-from megatron_ettin.train.totals import StepResult
+from megatron_ettin.train.progress import StepResult
 
 # weight of the earlier steps in the speed that the time left is estimated by
 SMOOTHED = 0.9

@@ -18,7 +18,7 @@ from megatron_ettin.metrics.sinks import FanOut, Sink, TensorBoardSink, WandbIde
 from megatron_ettin.platform import Platform
 from megatron_ettin.runs.directory import RunDirectory
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.totals import StepResult
+from megatron_ettin.train.progress import StepResult
 
 
 def step_metrics(result: StepResult, platform: Platform, world: int) -> dict[str, Any]:

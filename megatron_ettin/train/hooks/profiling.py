@@ -7,7 +7,7 @@ import gc
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.platform.profiler import Profiler
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.totals import StepResult
+from megatron_ettin.train.progress import StepResult
 
 FOLDER = "profile"
 

@@ -7,18 +7,18 @@ import math
 import pytest
 import torch
 
-from megatron_ettin.train import totals
-from megatron_ettin.train.totals import StepTotals
+from megatron_ettin.train import progress
+from megatron_ettin.train.progress import StepTotals
 
 
 def reduced(monkeypatch: pytest.MonkeyPatch, *ranks: StepTotals) -> dict[str, float]:
     """Return what every rank gets from the all-reduce over `ranks`."""
     own: list[list[float]] = []
-    monkeypatch.setattr(totals, "all_reduce_sum", lambda values, device: own.append(values) or values)
+    monkeypatch.setattr(progress, "all_reduce_sum", lambda values, device: own.append(values) or values)
     for rank, one in enumerate(ranks):
         one.all_reduce(rank, torch.device("cpu"))
     sums = [sum(values) for values in zip(*own, strict=True)]
-    monkeypatch.setattr(totals, "all_reduce_sum", lambda values, device: sums)
+    monkeypatch.setattr(progress, "all_reduce_sum", lambda values, device: sums)
     return ranks[0].all_reduce(0, torch.device("cpu"))
 
 
