@@ -1,8 +1,8 @@
-"""Hash files: sha256 of whole files and of blocks, and the checksums that go with shards.
+"""Hash files: sha256 of whole files and of blocks, and the checksums stored with dataset shards.
 
 A checkpoint's large files are hashed block by block, because sha256 is sequential: hashed whole, one large file keeps
-one processor busy for longer than a load takes. Blocks are hashed in as many threads as there are processors, are
-shared over ranks, and show where a file has changed. hashlib releases the interpreter's lock and then queues for it
+one processor busy for longer than a load takes. Blocks are hashed in several threads, are shared out over ranks, and
+show where a file has changed. hashlib releases the interpreter's lock and then queues for it
 again, so reads are large: a hashing thread then rarely waits for a thread that runs Python.
 
 The manifest holds the sha256 of a shard, which decides whether the shard is intact. A sidecar file holds a short digest
@@ -76,7 +76,7 @@ def integrity_entry(path: Path) -> Entry:
 
 
 def blocks_of(name: str, entry: Entry) -> list[Block]:
-    """Return the blocks of a file in order.
+    """Return the blocks that a file's record in integrity.json lists, in order.
 
     Raises:
         ValueError, TypeError, KeyError: the record is malformed.
@@ -104,7 +104,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], backgr
         background: whether the threads get a lower priority, because the caller has other work to do meanwhile.
 
     Raises:
-        The error of the first item that failed. Items that have not begun by then are not computed.
+        The error of the first item that failed. Items that have not begun by then are dropped.
     """
     threads = min(THREADS, os.cpu_count() or 1) if background else THREADS
     pool = ThreadPoolExecutor(threads, "sha256", initializer=_lower_priority if background else None)
@@ -115,7 +115,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], backgr
 
 
 def _lower_priority() -> None:
-    """Lower this thread's priority on Linux. Other systems would lower the priority of the whole process."""
+    """Lower this thread's priority, on Linux only: elsewhere setpriority would apply to the whole process."""
     if sys.platform == "linux":
         # a sandbox may not allow it
         with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ def shard_digest(path: Path) -> FileDigest:
 
 
 def write_checksums(path: Path, digests: Mapping[str, FileDigest]) -> None:
-    """Write the sidecar of a shard: the block digests of each of its files, by suffix."""
+    """Write the sidecar of a shard. `digests` maps the suffix of each of its files to the checksums."""
     content = {
         name: {"block_bytes": SHARD_BLOCK_BYTES, "blocks": list(digest.blocks)} for name, digest in digests.items()
     }
@@ -158,7 +158,7 @@ def write_checksums(path: Path, digests: Mapping[str, FileDigest]) -> None:
 
 
 def read_checksums(path: Path) -> dict[str, tuple[str, ...]]:
-    """Return the block digests in a shard's sidecar, by suffix.
+    """Return the block digests in a shard's sidecar, for each file of the shard by its suffix.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: the sidecar is damaged.
@@ -168,7 +168,7 @@ def read_checksums(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def damaged_ranges(expected: tuple[str, ...], actual: FileDigest) -> Iterator[tuple[int, int]]:
-    """Yield the [first, end) bytes of each run of changed blocks; surplus bytes at the end of the file count too."""
+    """Yield (first, end) bytes of each run of changed blocks. Blocks beyond the expected end count as changed."""
     wrong = [i for i, digest in enumerate(actual.blocks) if i >= len(expected) or digest != expected[i]]
     while wrong:
         run = 1

@@ -32,14 +32,14 @@ class RankError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop, or its type's name where it has none."""
+    """Return the first line of an error's message without its full stop, or its type's name if it has none."""
     return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message.
+    """Return ` (did you mean 'x'?)` for the end of an error message, or an empty string if no allowed name is close.
 
-    Names with as many digits but different ones are not suggested: 18m may mean 17m or 68m.
+    A name with equally many, but other, digits is not suggested: 18m may mean 17m or 68m.
     """
     candidates = [one for one in allowed if _digits(one) == _digits(name) or len(_digits(one)) != len(_digits(name))]
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
@@ -61,7 +61,7 @@ def serve_parent() -> None:
     A worker calls this first. A parent that was killed cannot tell its workers, and a worker that is blocked in a full
     pipe would stay for ever, so a thread waits for the parent's end.
     """
-    # here, because every command imports this module
+    # imported late, because every command imports this module and few have workers
     import multiprocessing.connection
 
     def end_with_parent(watched: int) -> None:

@@ -105,16 +105,16 @@ def try_lock(handle: int) -> str | None:
     """Lock an open file or folder for this process alone, without waiting.
 
     Returns:
-        None if the lock is held, else the reason why the file system cannot lock (Lustre without `-o flock`, and other
-        mounts). That reason is no sign of another process: a caller continues, and warns once that a second process is
-        not kept out.
+        None if this process has the lock now, else the reason why the file system cannot lock (Lustre without
+        `-o flock`, and other mounts). That reason is no sign of another process: a caller continues, and warns once
+        that a second process is not kept out.
 
     Raises:
         LockHeldError: another process has the lock.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # NFS answers EACCES
+    # NFS answers EACCES for a lock that is held
     except (BlockingIOError, PermissionError):
         raise LockHeldError from None
     except OSError as error:
@@ -124,7 +124,7 @@ def try_lock(handle: int) -> str | None:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[bool]:
-    """Wait for a lock file and hold it. Yield False where the file system has no locks, else True."""
+    """Wait for a lock file and hold it. Yield False if the file system has no locks, else True."""
     with open(path, "a") as stream:
         held = False
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """Print what a run reports through the logger `megatron_ettin`; a line that cannot be written is lost.
 
 A log's reader may end, its disk may be full, its terminal may be gone: none of that is a reason for a run of weeks to
-end, or to end with another exit status. So everything that prints while a run trains does it here
-(tests/test_architecture.py).
+end, or to end with another exit status. So everything that prints while a run trains uses this module
+(tests/test_architecture.py checks it).
 
 The logger's own handler writes plain lines: information to standard output, warnings and errors to standard error.
 Whoever uses the package as a library replaces that handler to send the lines elsewhere.
@@ -25,12 +25,12 @@ OUTPUT, ERRORS = 1, 2
 SLOW_SECONDS = 5.0
 NAMES = {OUTPUT: "standard output", ERRORS: "standard error"}
 
-# file numbers whose failure was reported
+# numbers of the files that have failed, each of which is reported once
 _failed: set[int] = set()
 
 
 class StandardStreamsHandler(logging.Handler):
-    """Writes messages to the standard streams as they are at the time, and never raises."""
+    """Writes messages to the current `sys.stdout` and `sys.stderr`, and never raises."""
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Write a record without the handler's lock: a thread that hangs in a print must not stop the others."""
@@ -77,7 +77,7 @@ def log_exception(error: BaseException) -> None:
 
 
 def _log(level: int, message: str) -> None:
-    # a handler of somebody else may raise
+    # a handler that a user of the library installed may raise
     with contextlib.suppress(Exception):
         logger.log(level, message, stacklevel=3)
 
@@ -107,13 +107,13 @@ class LossyStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, or lose it."""
+        """Write the text, or lose it, and return its length."""
         with _losing(self._stream):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream if it can be."""
+        """Flush the stream, and ignore that it cannot be flushed."""
         with _losing(self._stream):
             self._stream.flush()
 
@@ -149,22 +149,22 @@ def error_stream() -> IO[str]:
 
 
 def open_standard_files() -> None:
-    """Open standard input, output and error on /dev/null where they were closed.
+    """Open standard input, output and error on /dev/null if they are closed.
 
-    Else the next file that is opened, such as a checkpoint, would get the number and take what libraries print.
+    Else the next file that is opened, such as a checkpoint, would get the number and receive what libraries print.
     """
     for number in STANDARD_FILES:
         try:
             os.fstat(number)
         except OSError:
-            # the lowest number that is free, which is this one
+            # os.open takes the lowest free number, which is this one
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(OUTPUT, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(ERRORS, "w", closefd=False)  # noqa: SIM115
 
 
 def output_has_no_reader() -> bool:
-    """Return whether standard output is a pipe whose reader has ended, and make it /dev/null if so."""
+    """Return whether standard output is a pipe whose reader has ended. If so, redirect it to /dev/null."""
     number = _number(sys.stdout)
     if number < 0:
         return False
@@ -177,7 +177,7 @@ def output_has_no_reader() -> bool:
 
 
 def output_failure() -> str:
-    """Return why what was printed on standard output cannot be written, and give it up; empty where it can."""
+    """Flush standard output. Return the reason if that fails, and mark the stream for `drop_unwritten`; else empty."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
@@ -187,7 +187,7 @@ def output_failure() -> str:
 
 
 def drop_unwritten() -> None:
-    """Drop what a failed stream still holds, because the interpreter's last flush would change the exit status."""
+    """Drop the buffered text of failed streams: if the interpreter's last flush fails, it changes the exit status."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         number = _number(stream)
         if stream is None or number not in _failed:
@@ -201,7 +201,7 @@ def drop_unwritten() -> None:
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    """Write and flush, or lose the text. Characters that the stream's encoding lacks are escaped."""
+    """Write and flush the text, or lose it. Characters that the stream's encoding lacks are escaped."""
     if stream is None:
         return
     with _losing(stream):
@@ -215,13 +215,13 @@ def _write(text: str, stream: TextIO | None) -> None:
 
 @contextlib.contextmanager
 def _losing(stream: TextIO) -> Iterator[None]:
-    """Swallow what a stream raises because of its file, and report it once."""
+    """Suppress the error of a stream that cannot be written, and report it once for each file."""
     try:
         yield
     except (OSError, ValueError) as error:
         number = _number(stream)
         if isinstance(error, BrokenPipeError):
-            # its reader never comes back
+            # the reader of a pipe does not come back
             _point_at_nothing(number)
         if number not in _failed:
             _failed.add(number)
@@ -229,7 +229,7 @@ def _losing(stream: TextIO) -> Iterator[None]:
 
 
 def _report(number: int, error: OSError | ValueError) -> None:
-    """Report on the other standard stream that this one fails."""
+    """Report on the other standard stream that the one with this file number fails."""
     other = sys.stderr if number == OUTPUT else sys.stdout
     if number not in NAMES or _number(other) in (number, -1):
         return
@@ -240,7 +240,7 @@ def _report(number: int, error: OSError | ValueError) -> None:
 
 
 def _number(stream: TextIO | None) -> int:
-    """Return the file number of a stream; -1 where it has none."""
+    """Return the file number of a stream; -1 if it has none."""
     try:
         return -1 if stream is None else stream.fileno()
     except (OSError, ValueError, AttributeError):
@@ -248,7 +248,7 @@ def _number(stream: TextIO | None) -> int:
 
 
 def _point_at_nothing(number: int) -> None:
-    """Make a standard file /dev/null."""
+    """Redirect standard output or error, given by its file number, to /dev/null. Other numbers are ignored."""
     if number in NAMES:
         with contextlib.suppress(OSError):
             nothing = os.open(os.devnull, os.O_WRONLY)

@@ -1,8 +1,8 @@
 """Parse JSON and YAML files that others may have made.
 
-A file that says how all other files should be must be known to be right itself, so it holds its own sha256.
+A manifest, by which other files are checked, holds the sha256 of its own content, so that damage to it is noticed.
 
-YAML 1.1 has numbers to base sixty and reads the rows `24:32` as 1472; the loader here leaves them out.
+YAML 1.1 has numbers to base sixty and reads the rows `24:32` as 1472. The loader of this module does not read them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIGEST = "content_sha256"
 
 
 def load_json(text: str | bytes) -> Any:
-    """Parse JSON. Raises ValueError, also where lists are nested too deeply for Python's own reader."""
+    """Parse JSON. Raises ValueError, also if it is nested too deeply for Python's parser."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -30,7 +30,7 @@ def load_json(text: str | bytes) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty where the file is missing or holds no object."""
+    """Return the object in a JSON file; empty if the file is missing or holds no object."""
     try:
         content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,7 +39,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines, and none where it cannot be opened.
+    """Yield the objects of a file of JSON lines, and none if it cannot be opened.
 
     Args:
         path: the file.
@@ -65,12 +65,12 @@ def read_json_lines(path: Path, unreadable: list[int] | None = None) -> Iterator
 
 
 def with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content with its own sha256 added."""
+    """Return the content with its sha256 added as `content_sha256`."""
     return {**content, DIGEST: _digest_of(content)}
 
 
 def checked_digest(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the content without its sha256, which an older version may have left out.
+    """Check the sha256 in the content and return the content without it. Files of older versions have none.
 
     Raises:
         ValueError: the sha256 is not that of the content.
@@ -152,7 +152,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, label: str) -> Any:
-    """Parse a YAML file. Raises UserError, whose message begins with `label`, where it cannot be read or parsed."""
+    """Parse a YAML file. Raises UserError, whose message begins with `label`, if it cannot be read or parsed."""
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -164,7 +164,7 @@ def read_yaml(path: Path, label: str) -> Any:
 
 
 def _depth(text: str) -> int:
-    """Return how deeply flow collections are nested at most; brackets within quotes are counted too."""
+    """Return the depth to which flow collections are nested; brackets within quotes are counted too."""
     deepest = depth = 0
     for character in re.findall(r"[\[\]{}]", text):
         depth = depth + 1 if character in "[{" else max(0, depth - 1)
@@ -173,7 +173,7 @@ def _depth(text: str) -> int:
 
 
 def _count(node: Any, known: dict[int, int]) -> int:
-    """Count the nodes that a node stands for. Raises yaml.YAMLError where it has too many or holds itself."""
+    """Count a node's nodes, aliases expanded. Raises yaml.YAMLError if they are too many or it contains itself."""
     count = known.get(id(node))
     if count == 0:
         raise yaml.YAMLError("an alias stands for what it is in")
@@ -192,7 +192,7 @@ def load_object(path: Path, label: str = "", expected: str = "an object") -> dic
 
     Args:
         path: the file.
-        label: what the message calls it; its path by default.
+        label: name of the file in messages; its path by default.
         expected: what the file should hold, for the message.
 
     Raises:

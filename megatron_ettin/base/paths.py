@@ -1,8 +1,8 @@
-"""Check the names that files give of other files, and join them to paths, in this one place.
+"""Check file names that were read from a file, and join them to a folder.
 
-A manifest, an index or a checkpoint's metadata may have been made by anyone. A name out of one that held `..`, or that
-led out of its folder by a link, would let whoever made it choose which files are read, copied, replaced or removed.
-tests/test_architecture.py refuses any other way from such a name to a path.
+A manifest, an index or a checkpoint's metadata may have been made by anyone. With a name that has `..` in it, or a link
+that leads out of the folder, its author could choose which files are read, copied, replaced or removed. So only this
+module makes paths of such names (tests/test_architecture.py checks it).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ _SHOWN_CHARACTERS = 80
 
 
 class Links(enum.Enum):
-    """Choose which symbolic links below a folder `path_in` refuses."""
+    """Which symbolic links below a folder `path_in` refuses."""
 
     INSIDE = "inside"
-    """Refuse those that lead out of it."""
+    """Refuse links that lead out of the folder."""
     NONE = "none"
-    """Refuse all."""
+    """Refuse all links."""
     UNCHECKED = "unchecked"
-    """Do not look: for names of which the files have been checked."""
+    """Check no links, because the files were checked before."""
 
 
 def checked_name(name: object, nested: bool = False) -> str:
-    """Return the name of a file if it can lie nowhere but in the folder that it is joined to.
+    """Return `name` if it is a file name that cannot lead out of the folder to which it is joined.
 
     Args:
-        name: what a file says.
-        nested: whether it may lie in a folder below, with `/` between.
+        name: a value read from a file.
+        nested: whether the name may have `/` in it, for a file in a folder below.
 
     Raises:
-        ValueError: for anything but a name, without saying where it stands.
+        ValueError: `name` is not such a name. The message does not say in which file it stands.
     """
     if not isinstance(name, str):
         raise ValueError(f"a {type(name).__name__} is no name of a file")
@@ -48,7 +48,7 @@ def checked_name(name: object, nested: bool = False) -> str:
 
 
 def checked_sha256(value: object) -> str:
-    """Return a fingerprint if it is 64 hexadecimal digits. Raises ValueError."""
+    """Return the value if it is a sha256, 64 lower-case hexadecimal digits. Raises ValueError."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         shown = repr(value[:_SHOWN_CHARACTERS]) if isinstance(value, str) else f"a {type(value).__name__}"
         raise ValueError(f"{shown} is no sha256 (64 hexadecimal digits)")
@@ -63,18 +63,18 @@ def path_in(
     links: Links = Links.INSIDE,
     root: Path | None = None,
 ) -> Path:
-    """Join a name that a file gives to the folder that it is meant for.
+    """Check a name that was read from a file, and join it to a folder.
 
     Args:
-        folder: trusted; it may be a link itself.
+        folder: the trusted folder that the file is in; it may be a link itself.
         name: as in `checked_name`.
-        named_by: the file that gives the name, for messages.
+        named_by: the file that the name was read from, for messages.
         nested: as in `checked_name`.
-        links: what is done about symbolic links below `folder`.
-        root: the folder that links may lead to, `folder` by default.
+        links: which symbolic links below `folder` are refused.
+        root: the folder that links may lead into, `folder` by default.
 
     Raises:
-        UserError: naming the file and what it says.
+        UserError: the name or a link is refused. The message names `named_by`, or the link and its target.
     """
     try:
         checked = checked_name(name, nested)

@@ -26,12 +26,12 @@ Values = npt.NDArray[np.float64]
 COLOURS = ("#2563c9", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
 DPI, PAPER_DPI = 110, 200
 LEAST_TO_SMOOTH, MOST_MEDIANS = 60, 300
-# a segment of so few sparse points has a dot at each
+# a segment of at most this many sparse points has a dot at each
 MOST_DOTS = 40
-# an axis is logarithmic if the highest value is so many times the median
+# an axis is logarithmic if the highest value is more than this many times the median
 WIDE_RANGE = 50
 CLIP_QUANTILE, CLIP_ROOM, CLIP_FROM = 0.95, 1.25, 2.0
-# characters in the names of a heat map's columns that fit next to each other
+# the names of a heat map's columns are horizontal if they have at most this many characters in all
 MOST_HORIZONTAL = 60
 
 
@@ -50,7 +50,7 @@ class Curve:
     thin: bool = False
     """True if many points are drawn as medians, with a band from the lowest to the highest value."""
     smooth: bool = False
-    """True if the medians are smoothed over a twentieth of the curve, with the values behind them."""
+    """True if the medians of a thin curve are smoothed over a twentieth of it, with pale unsmoothed values behind."""
     is_background: bool = False
     """True if other curves may lie on it, so that it is drawn wide and pale."""
 
@@ -64,7 +64,7 @@ class Panel:
     curves: Sequence[Curve]
     y_label: str = ""
     marks: Sequence[tuple[float, str]] = ()
-    """x and name of vertical lines, such as the starts of phases."""
+    """x and name of vertical lines, such as the starts of phases. No line is drawn at the first."""
     clipped: bool = False
     """True if a few high values may leave the plot, each with a mark at its top."""
     from_zero: bool = False
@@ -131,7 +131,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
         axes.plot(
             x, y, curve.style, marker=marker, markersize=3, color=colour, label=label, linewidth=width, alpha=alpha
         )
-        # once in the legend
+        # the legend names a curve once, and leaves out labels that begin with _
         label = "_"
 
 
@@ -150,7 +150,7 @@ def _clip(axes: Axes, panel: Panel) -> None:
 
 
 def draw_figure(panel: Panel, form: str) -> bytes:
-    """Return one panel as a figure for papers. `form` is png, svg or pdf."""
+    """Return the content of an image file of one panel, for papers. `form` is png, svg or pdf."""
     figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     draw_panel(axes, panel)
@@ -159,7 +159,7 @@ def draw_figure(panel: Panel, form: str) -> bytes:
 
 
 def draw_row(panels: Sequence[Panel], width: float = 13, height: float = 5.5) -> bytes:
-    """Return a PNG of panels next to each other."""
+    """Return a PNG of panels next to each other; `width` and `height` of all are in inches."""
     figure = new_figure(width, height)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw_panel(axes, panel)
@@ -188,7 +188,7 @@ def _add_legend(axes: Axes) -> None:
 
 
 def draw_bars(axes: Axes, names: Sequence[str], values: Sequence[float], spread: Any, notes: Sequence[str]) -> None:
-    """Draw horizontal bars with error bars, and a note at the end of each."""
+    """Draw horizontal bars, with error bars of the lengths `spread` (matplotlib's `xerr`) and a note at each end."""
     bars = axes.barh(range(len(names)), values, xerr=spread, color="#4c78a8", ecolor="#555555", capsize=3)
     axes.bar_label(bars, notes, padding=4, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -213,14 +213,14 @@ def draw_heat_map(axes: Axes, rows: Sequence[str], columns: Sequence[str], grid:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of that many inches."""
+    """Return an empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def encode(figure: Figure, form: str = "png", dpi: int = DPI, salt: str = "") -> bytes:
-    """Return a figure as the content of a file, the same bytes for the same figure.
+    """Return the content of an image file of a figure. The same figure gives the same bytes.
 
     Args:
         figure: the figure.
@@ -238,7 +238,7 @@ def encode(figure: Figure, form: str = "png", dpi: int = DPI, salt: str = "") ->
 
 
 def bucket_summary(values: Values, size: int) -> tuple[Values, Values, Values]:
-    """Return the lowest, median and highest of every `size` values in turn; NaN where none is a number."""
+    """Return lowest, median and highest of each group of `size` consecutive values; NaN if all of them are NaN."""
     filled = np.full(math.ceil(len(values) / size) * size, np.nan)
     filled[: len(values)] = values
     rows = filled.reshape(-1, size)
@@ -256,13 +256,13 @@ def running_median(values: Values) -> Values:
 
 
 def clip_limit(values: Sequence[float] | Values) -> float:
-    """Return where to end an axis that a few of its ascending values would flatten, else the highest of them."""
+    """Return the end of an axis for ascending values: below the highest if a few values would flatten the rest."""
     common = float(values[int((len(values) - 1) * CLIP_QUANTILE)])
     return common * CLIP_ROOM if 0 < common * CLIP_FROM < values[-1] else float(values[-1])
 
 
 def format_tick(value: float) -> str:
-    """Return a value in three digits with a unit suffix."""
+    """Format a value on an axis with three digits: 1.7T, 512, 0.25, 1e-5."""
     if value and (abs(value) >= 10_000 or float(value).is_integer()):
         return format_count(value) if value > 0 else f"{value:g}"
     return f"{value:.3g}".replace("e-0", "e-")

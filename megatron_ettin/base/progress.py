@@ -14,7 +14,12 @@ LINE_EVERY_SECONDS = 10.0
 
 @contextlib.contextmanager
 def progress_report(title: str, unit: str) -> Iterator[Callable[..., None]]:
-    """Yield report(done, total, tokens=0), which draws the bar at its first call; the bar is removed at the end."""
+    """Yield report(done, total, tokens=0), which moves a bar on a terminal and else logs a line every 10 s.
+
+    Args:
+        title: name of the work, shown before the bar or at the start of a line.
+        unit: name of what `total` counts, for the lines.
+    """
     if errors_on_terminal():
         with _bar(title) as report:
             yield report
@@ -61,8 +66,8 @@ def _bar(title: str) -> Iterator[Callable[..., None]]:
 def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yield report(done, total, line) for work in few large parts.
 
-    On a terminal it draws a bar with the newest line, elsewhere it writes every line to standard error. What is printed
-    meanwhile appears above the bar.
+    On a terminal it draws a bar with the newest line; elsewhere it writes every line to standard error. Text that is
+    printed meanwhile appears above the bar.
     """
     if not errors_on_terminal():
         yield lambda done, total, line: log_warning(f"[{done}/{total}] " * (done > 0) + line)

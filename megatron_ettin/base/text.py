@@ -1,6 +1,6 @@
 """Make text safe to show, and read and write counts as people do: `1.7T`, `250B`, `8_500_000_000`, `4096`, `2.5e9`.
 
-- A terminal would obey escape sequences in text from files: they are shown instead.
+- A terminal would obey escape sequences in text from files: their characters are shown instead.
 - A URL is part of a configuration, which is written into run directories, checkpoints and pages: URLs with keys in them
   are refused.
 - A page that may be mailed shows files that others may have written: passwords and tokens are left out of it.
@@ -19,7 +19,7 @@ KEPT_OF_TEXTS = "\n\t"
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Return the text with every character that is not printed written as its escape, but for those in `keep`.
+    """Return the text with every non-printable character escaped, except those in `keep`.
 
     An escape sequence could set the terminal's title, wipe the screen or fake lines.
     """
@@ -30,7 +30,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def printable_json(content: Any) -> str:
-    """Return the content as indented JSON, in ASCII where a terminal would take a character for a command."""
+    """Return the content as indented JSON, in ASCII if it has non-printable characters, which a terminal may obey."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     return text if text.replace("\n", "").isprintable() else json.dumps(content, indent=1)
 
@@ -99,7 +99,7 @@ _LOOKS_SECRET = (
 
 
 def masked(text: object, key: str = "") -> str:
-    """Hide what looks like a password, a token or a URL's credentials, or the whole text where `key` names a secret."""
+    """Replace passwords, tokens and credentials in URLs by `(hidden)`; the whole text if `key` names a secret."""
     if _SECRET_KEY.search(key) and text not in (None, ""):
         return HIDDEN
     shown = str(text)
@@ -109,7 +109,7 @@ def masked(text: object, key: str = "") -> str:
 
 
 def refuse_secrets(text: str, what: str) -> None:
-    """Raise UserError, without the text, where it is a URL with a password, a token or a signature in it."""
+    """Raise UserError if the text has a URL with a password, token or signature. The message names `what` only."""
     if _SECRET.search(text):
         raise UserError(
             f"{what}: a URL with a key in it, which would be written into configurations and logs; give the key by the"

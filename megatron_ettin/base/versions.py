@@ -1,6 +1,6 @@
-"""Versions of this package and of others, read without importing them: `ettin --version` must answer at once.
+"""Read the versions of this package and of others without importing them: `ettin --version` must answer at once.
 
-Also the comparison of what the ranks run, which names the rank that differs.
+`first_difference` compares the versions and settings of the ranks, and names the rank that differs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SHOWN = (
     *("torch", "megatron-core", "transformer-engine", "deepspeed", "flash-attn"),
     *("transformers", "tokenizers", "datasets", "numpy", "pyarrow"),
 )
-# these decide a step's numbers
+# libraries that decide the numbers of a step
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "deepspeed")
-# log lines of two hosts whose clocks are further apart are put in the wrong order
+# if two clocks are further apart, log lines of the hosts are easily put in the wrong order
 CLOCK_SECONDS = 5.0
 LISTED_RANKS = 3
 GIT_SECONDS = 2.0
-# on a slow file system; a run does without the commit
+# limit for a slow file system, after which a run records no commit
 SLOW_GIT_SECONDS = 10.0
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution; None where there is none."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def version_of(name: str) -> str | None:
 
 
 def describe_commit() -> str | None:
-    """Return `1a2b3c4d5` or `1a2b3c4d5.dirty` for a git checkout of this package, else None."""
+    """Return `1a2b3c4d5` or `1a2b3c4d5.dirty` for a git checkout of this package; None elsewhere or if git fails."""
     root = Path(megatron_ettin.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -58,7 +58,7 @@ def code_version() -> str:
 
 
 def version_text() -> str:
-    """Return what `ettin --version` prints: this package, then what it needs."""
+    """Return the text of `ettin --version`: the versions of this package, of Python and of the libraries."""
     libraries = [f"{name} {version}" for name in SHOWN if (version := version_of(name))]
     return f"ettin {code_version()}\n" + ", ".join([f"Python {platform.python_version()}", *libraries])
 
@@ -70,7 +70,7 @@ def library_versions() -> str:
 
 @cache
 def code_hash() -> str:
-    """Return the sha256 over the package's .py files, since the version alone does not show an edited checkout."""
+    """Return 12 digits of the sha256 over the package's .py files: the version does not show an edited checkout."""
     folder = Path(megatron_ettin.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -80,9 +80,9 @@ def code_hash() -> str:
 
 @cache
 def recorded_commit() -> str | None:
-    """Return the commit that a run records, with `+` behind it where tracked files were changed since.
+    """Return the commit that a run records, followed by `+` if tracked files were changed since.
 
-    None where the package does not run from a checkout.
+    None if the package does not run from a checkout, or if git fails.
     """
     folder = Path(megatron_ettin.__file__).parent
     try:
@@ -101,7 +101,7 @@ def _git(folder: Path, *arguments: str, seconds: float = SLOW_GIT_SECONDS) -> st
 
 
 def first_difference(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> str | None:
-    """Return a line for the first fact that differs between ranks; None where all agree.
+    """Return a line for the first fact that differs between ranks; None if all agree.
 
     Args:
         hosts: the host of each rank.
@@ -119,7 +119,7 @@ def first_difference(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -
 
 
 def clock_warnings(hosts: Sequence[str], now: Sequence[float]) -> list[str]:
-    """Return a line for each host whose clock is off.
+    """Return a line for each host whose clock is more than 5 s from the median.
 
     Args:
         hosts: the host of each rank.
