@@ -1,7 +1,7 @@
 """Check a resolved run without processes, data or torch: single values, and keys that must fit each other.
 
 Each check raises UserError with the key, its value, the reason and what to do. `check` runs wherever a configuration is
-resolved. What depends on the number of ranks is checked by `check_layout` (layouts.py).
+resolved. `check_layout` (layouts.py) checks what depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_ettin.config.schema import Config, all_keys
 from megatron_ettin.config.tables import HEAD_DIM, OBJECTIVES, PRECISIONS
 from megatron_ettin.config.values import parse_points, validation_sets
 
-# a larger quotient of weight decay and its reference rate means that torch's coefficient (usually 0.1) was given
+# if the quotient of weight decay and its reference rate is larger, torch's coefficient (usually 0.1) was probably given
 MOST_DECAY_TO_RATE = 10
 
 
@@ -83,7 +83,7 @@ def check_deterministic(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """Raise UserError where the shape, the layout or other keys do not allow the number format."""
+    """Raise UserError if the shape, the layout or other keys do not allow the number format."""
     name = config.precision.name
     multiple, tp = PRECISIONS[name].multiple, config.parallel.tp
     for key in ("hidden_size", "ffn_hidden_size"):
@@ -111,7 +111,7 @@ def check_precision(config: Config) -> None:
 
 
 def check_fp8_weights(config: Config) -> None:
-    """Raise UserError where weights cannot be stored in FP8."""
+    """Raise UserError if `precision.fp8_weights` is set and the format or the optimizer does not allow it."""
     if not config.precision.fp8_weights:
         return
     name = config.precision.name
@@ -140,7 +140,7 @@ def check_weight_decay(config: Config) -> None:
 
 
 def check_schedule(config: Config) -> None:
-    """Raise UserError where warm-up and decay do not fit into the run."""
+    """Raise UserError if warm-up and decay do not fit into the run."""
     schedule, run = config.schedule, config.run
     if schedule.name == "one_minus_sqrt" and schedule.decay_tokens == 0:
         raise UserError("schedule.decay_tokens: one_minus_sqrt decays over them, so 0 is not allowed")
@@ -157,7 +157,7 @@ def check_schedule(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError where rows, batch warm-up, loss normalisation and objective do not fit each other."""
+    """Raise UserError if rows, batch warm-up, loss normalisation and objective do not fit each other."""
     batch = config.batch
     if batch.global_batch_rows % batch.micro_batch_rows and batch.loss_normalization == "microbatch":
         raise UserError(
@@ -184,12 +184,12 @@ def check_batch(config: Config) -> None:
 
 
 def check_validation(config: Config) -> None:
-    """Raise UserError where `data.validation` names no datasets."""
+    """Raise UserError if `data.validation` is set and does not name datasets."""
     if config.data.validation is not None:
         validation_sets(config.data.validation)
 
 
 def check_secrets(config: Config) -> None:
-    """Raise UserError where a value holds a URL with a key in it."""
+    """Raise UserError if a value is a URL with a password, token or signature in it."""
     for name in all_keys():
         refuse_secrets(str(config.value(name)), name)

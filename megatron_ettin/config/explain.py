@@ -1,4 +1,4 @@
-"""Explain where a run differs from what the original trainer did (`ettin train --explain`), and name unused overrides.
+"""Explain how a run differs from the original trainer's (`ettin train --explain`), and name unused overrides.
 
 `differences` lists the keys of the resolved run that have another value than under `recipe: original`, each with its
 reason or with who set it. `facts` lists what no key can reproduce. The tests require a reason for every combination of
@@ -45,7 +45,7 @@ REASONS = {
 
 
 class Fact(NamedTuple):
-    """Something that no key reproduces."""
+    """A property of the original trainer's runs that no key reproduces: what it is here and there, and why."""
 
     what: str
     here: str
@@ -87,7 +87,7 @@ ALWAYS = (
 
 
 class Difference(NamedTuple):
-    """A key that differs from the original trainer's run."""
+    """A key whose value differs from the original trainer's run."""
 
     key: str
     here: Any
@@ -100,10 +100,10 @@ def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
 
     Args:
         config: the run, resolved.
-        origins: who set each key that is not the tables' (`resolve.origins`).
+        origins: who set each key whose value is not from the tables, as `resolve.origins` returns it.
 
     Returns:
-        One entry per key. Its reason is empty where the key is neither set nor explained.
+        One entry per key. Its reason is empty if the key is neither set nor explained.
     """
     run = config.run
     objective = "mlm" if (run.phase, run.objective) == ("cross", "mntp") else run.objective
@@ -118,12 +118,12 @@ def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
 
 
 def _keys(config: Config) -> dict[str, Any]:
-    """Return the science keys and the length of a run."""
+    """Return the science keys, `run.tokens` and `data.order` by name."""
     return {**science_keys(config), "run.tokens": config.run.tokens, "data.order": config.data.order}
 
 
 def facts(config: Config) -> list[Fact]:
-    """Return what no key reproduces, and what the published files say but no published run did."""
+    """Return the properties that no key reproduces, and a batch warm-up that only the published files have."""
     phase, size = PHASES[config.run.phase], config.run.size
     tokens = phase.configured_batch_warmup[size]
     masks = any(ROW_OBJECTIVES[name].masks for name in OBJECTIVES[config.run.objective].row_objectives)
@@ -188,7 +188,7 @@ def unused_keys(config: Config) -> dict[str, str]:
 
 
 def ignored_lines(config: Config, given: Collection[str]) -> list[str]:
-    """Return a line for each key of `given` without effect, and for a validation that has no cadence."""
+    """Return a line for each key of `given` that has no effect, and one if data.validation has no eval_every_steps."""
     lines = [f"{key}: has no effect, because {why}" for key, why in unused_keys(config).items() if key in given]
     if config.data.validation is not None and config.metrics.eval_every_steps is None:
         lines.append(
@@ -198,7 +198,7 @@ def ignored_lines(config: Config, given: Collection[str]) -> list[str]:
 
 
 def phase_lines(overrides: Sequence[str], phases: Collection[str]) -> list[str]:
-    """Return a line for each override of a phase that is not among those of the run."""
+    """Return a line for each override (`PHASE.group.key=value`) whose phase is not in `phases`, those of the run."""
     of_phase = split_overrides(overrides)[1]
     return [
         f"{phase}.{override}: has no effect, because this run trains {', '.join(phases)}"

@@ -30,9 +30,9 @@ def attended_pairs(lengths: Lengths, causal: bool, window: int | None) -> Length
     Args:
         lengths: tokens of one chunk, or of many.
         causal: whether a query attends to keys up to itself only.
-        window: keys to each side or, where causal, keys i-window+1..i; None attends to the whole chunk.
+        window: keys to each side or, if causal, keys i-window+1..i of query i; None attends to the whole chunk.
     """
-    # 0.1 s that completion does without
+    # imported late, because it takes 0.1 s and shell completion does not need it
     import numpy as np
 
     n = np.asarray(lengths, dtype=np.int64)
@@ -62,7 +62,7 @@ def training_flops(
         tokens: number of tokens.
         labels: number of predicted positions.
         global_pairs: (query, key) pairs of one global layer, summed over the chunks.
-        local_pairs: those of one local layer.
+        local_pairs: (query, key) pairs of one local layer, summed likewise.
     """
     hidden, layers = shape.hidden_size, shape.num_layers
     linear = 2 * layers * layer_parameter_count(shape) * tokens
@@ -76,14 +76,17 @@ def training_flops(
 def flops_per_token(
     shape: HasShape, vocab_size: int, context_tokens: int, causal: bool, window: int, label_fraction: float
 ) -> float:
-    """Return the training operations per token where every chunk has `context_tokens` tokens."""
+    """Return the training operations per token if every chunk has `context_tokens` tokens.
+
+    `window` is that of `attended_pairs`; `label_fraction` is the share of tokens that are predicted.
+    """
     n = context_tokens
     pairs = attended_pairs(n, causal, None), attended_pairs(n, causal, window)
     return training_flops(shape, vocab_size, n, n * label_fraction, *pairs) / n
 
 
 def layer_operations(config: Config) -> list[float]:
-    """Return the forward operations per token of each layer, in order; the last one's include the head's."""
+    """Return the forward operations per token of each layer, in order; the head's are added to the last layer."""
     model, tokens = config.model, config.data.seq_len
     rows = [ROW_OBJECTIVES[name] for name in OBJECTIVES[config.run.objective].row_objectives]
 
@@ -113,7 +116,7 @@ def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     ends = [0.0]
     for cost in costs:
         ends.append(ends[-1] + cost)
-    # best[n]: (most expensive part, sum of squares, lengths) of the first n layers in as many parts as stages so far
+    # best[n]: (most expensive part, sum of squares, lengths) of the first n layers in `stage` parts
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(1, stages + 1):
         left = stages - stage
@@ -130,14 +133,14 @@ def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
 
 
 def _rounded(value: float) -> float:
-    """Round to 9 digits, so that sums of the same numbers in another order are equal."""
+    """Round to 9 significant digits, so that sums of the same numbers in another order are equal."""
     return round(value, 9 - math.ceil(math.log10(value))) if value > 0 else value
 
 
 def mean_flops_per_token(config: Config) -> float:
     """Return the operations per token, averaged over the objective's row objectives by their shares.
 
-    A hybrid run counts with the shares that it ends with.
+    A hybrid run is counted with the shares at its end.
     """
     model, data, objective = config.model, config.data, OBJECTIVES[config.run.objective]
     shares = [1.0]

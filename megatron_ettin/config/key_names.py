@@ -21,7 +21,7 @@ RENAMED = {
     "run.cuda_graph": "runtime.cuda_graph",
     "run.fuse": "runtime.compile",
 }
-# keys that older versions had -> what to do without them; a stored config.yaml that has them is read all the same
+# keys that older versions had -> their replacement; they are ignored in a stored config.yaml, and else refused
 REMOVED = {
     "resilience.stop_on_nonfinite": "resilience.on_nonfinite says what happens",
     "resilience.in_process_restarts": "torchrun --max-restarts and `ettin launch` restart ranks that failed",
@@ -30,12 +30,15 @@ _noted: set[str] = set()
 
 
 def current_name(key: str) -> str:
-    """Return the name of a key that may be given by its older name."""
+    """Return the current name of a key that may be given by its older name."""
     return RENAMED.get(key, key)
 
 
 def rename_keys(groups: dict[str, Any]) -> None:
-    """Replace older names of keys by the current ones, in place, and log one note of those not yet noted.
+    """Replace older names of keys by the current ones, in place. Rank 0 logs each name once in a process.
+
+    Args:
+        groups: group -> key -> value.
 
     Raises:
         UserError: a key is given by both names.
@@ -48,7 +51,7 @@ def rename_keys(groups: dict[str, Any]) -> None:
             continue
         target = keys if new_group == old_group else groups.get(new_group) or {}
         if not isinstance(target, dict):
-            # read_layers or the reader of a stored configuration names what is wrong with it
+            # read_layers or from_yaml reports that the group is no mapping
             continue
         if new_name in target:
             raise UserError(f"{new}: {old} is its older name, and both are set; remove {old}")
@@ -102,7 +105,7 @@ ELSEWHERE = {
 
 
 def nearest_key(written: str, keys: Collection[str]) -> str:
-    """Return ` (did you mean 'optim.lr'?)` for `lr`, `optim.learning_rate`, `learning-rate`, or an empty text."""
+    """Return a hint for an unknown key, such as ` (did you mean 'optim.lr'?)` for `lr` or `learning-rate`; or empty."""
     known = same_name(written, keys)
     if known is not None:
         return f" (did you mean {known!r}?)"
@@ -113,7 +116,7 @@ def nearest_key(written: str, keys: Collection[str]) -> str:
 
 
 def same_name(written: str, keys: Collection[str]) -> str | None:
-    """Return the one key of that name in any group, or the one that another system calls so; None where none is."""
+    """Return the only key of that name in any group, else the key that another system calls so, else None."""
     name = _bare(written)
     same = [key for key in keys if _bare(key) == name]
     if len(same) == 1:
@@ -126,14 +129,20 @@ def _bare(key: str) -> str:
 
 
 def _by_name(name: str, keys: Collection[str]) -> str:
-    """Return the hint for a key without a group and with a typo."""
+    """Return the hint for a key that is written without its group and with a typo; empty if no name is close."""
     names = {_bare(key): key for key in keys}
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def unknown_group(group: str, keys: Any, types: Collection[str]) -> str:
-    """Return a message with what was meant: a key, a phase before a key, or another group."""
+    """Return the message for an unknown group, with a hint: a key, a phase before a key, or another group.
+
+    Args:
+        group: the unknown name.
+        keys: the value given for it, a mapping of keys if it is a group.
+        types: every known `group.key`.
+    """
     groups = {key.partition(".")[0] for key in types}
     only = next(iter(keys)) if isinstance(keys, dict) and len(keys) == 1 else None
     if isinstance(only, str) and "." in only:

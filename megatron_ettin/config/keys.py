@@ -32,14 +32,14 @@ class Key:
     """Whether infinity is allowed."""
     choices: tuple[str, ...] = ()
     science: bool | str = False
-    """True if the key must not change within a run directory; a text names the runs in which it must not."""
+    """True if the key must not change within a run directory; a text says in which runs it must not."""
     parse: Callable[[Any, str], Any] | None = None
-    """Read a value that a user or a stored config.yaml has, older forms too. Called with the value and the key."""
+    """Function of (value, key) that converts a value of a user or a stored config.yaml, older forms too."""
     path: bool = False
-    """Whether values name files or folders, for the completion of shells."""
+    """Whether values name files or folders, which shells then complete."""
 
     def allows(self, value: float) -> bool:
-        """Return whether a number is in the range; NaN never is where there is one."""
+        """Return whether a number is in the key's range. NaN is in none that has a bound."""
         return (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
@@ -55,7 +55,7 @@ class Key:
 
     @property
     def range(self) -> str:
-        """Return the allowed numbers in words, such as `from 0 to 1`; empty where there is no range."""
+        """Return the allowed numbers as text, such as `at least 0 and at most 1`; empty if there is no range."""
         bounds = {"above": self.above, "at least": self.at_least, "at most": self.at_most, "below": self.below}
         limits = [f"{name} {bound:,}".removesuffix(".0") for name, bound in bounds.items() if bound is not None]
         return f"0 ({self.zero}) or above" if self.zero else " and ".join(limits)
@@ -66,7 +66,7 @@ def key(doc: str, default: Any = MISSING, **about: Any) -> Any:
 
     Args:
         doc: what the key does, as docs/config.md shows it.
-        default: its default; without one the recipe's tables have to give a value.
+        default: its default; a key without one gets its value from the recipe's tables.
         about: the other fields of `Key`.
     """
     metadata = {METADATA: Key(doc=doc, **about)}

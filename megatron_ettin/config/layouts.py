@@ -20,7 +20,7 @@ RECOMPUTED = ("core_attn", "mlp")
 
 
 def check_parallel(config: Config) -> None:
-    """Raise UserError where degrees of the axes, stages and optimizer do not fit each other or the model."""
+    """Raise UserError if parallel degrees, pipeline stages and optimizer do not fit each other or the model."""
     parallel, model = config.parallel, config.model
     degrees = tensor_parallel_degrees(model)
     if parallel.tp not in degrees:
@@ -64,7 +64,7 @@ def check_parallel(config: Config) -> None:
 
 
 def check_recompute(config: Config) -> None:
-    """Raise UserError where recomputation or offloading of activations cannot be done as asked."""
+    """Raise UserError if the keys of recomputation and of offloaded activations do not fit each other or the model."""
     parallel = config.parallel
     if wrong := [name for name in parallel.recompute_modules if name not in RECOMPUTED]:
         raise UserError(
@@ -110,7 +110,7 @@ def stage_layers(config: Config) -> list[int]:
 
 
 def check_layout(config: Config, world: int) -> int:
-    """Return the data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
+    """Return the data-parallel degree of `world` ranks. Raises UserError if ranks or rows do not divide."""
     parallel, batch = config.parallel, config.batch
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world % model_ranks:
@@ -134,12 +134,12 @@ def check_layout(config: Config, world: int) -> int:
 
 
 def micro_batch_group(parallel: ParallelConfig) -> int:
-    """Return the number that a rank's micro-batches are a multiple of: pp under the interleaved schedule, else 1."""
+    """Return the factor of a rank's number of micro-batches: pp under the interleaved schedule, else 1."""
     return parallel.pp if parallel.vpp > 1 else 1
 
 
 def has_fixed_shapes(config: Config) -> bool:
-    """Return whether all micro-batches must have one shape, as captured graphs and userbuffers need it."""
+    """Return whether all micro-batches must have one shape, which CUDA graphs and `parallel.tp_overlap` need."""
     return config.runtime.cuda_graph or config.parallel.tp_overlap
 
 
@@ -155,12 +155,12 @@ def micro_batches(config: Config, dp: int) -> int:
 
 
 def with_split_rows(config: Config, dp: int) -> Config:
-    """Return the configuration with the micro-batch that the ranks run: rows spread evenly, not filled up."""
+    """Return the configuration with `batch.micro_batch_rows` set to the row slots of the evenly split full batch."""
     return config.with_keys({"batch.micro_batch_rows": full_batch_split(config, dp).size})
 
 
 def describe_empty_rows(config: Config, dp: int) -> str | None:
-    """Return a line about the empty slots of a step at the full batch size; None where every slot has a row."""
+    """Return a line about the empty slots of a step at the full batch size; None if every slot has a row."""
     split = full_batch_split(config, dp)
     if not split.empty:
         return None
@@ -185,7 +185,7 @@ def zero_stage(parallel: ParallelConfig) -> int:
 
 
 def check_zero(config: Config) -> None:
-    """Raise UserError where DeepSpeed's keys are set without it, or where it cannot do the run."""
+    """Raise UserError if DeepSpeed's keys are set for another engine, or if DeepSpeed cannot do the run."""
     parallel, precision, stage = config.parallel, PRECISIONS[config.precision.name], zero_stage(config.parallel)
     if parallel.engine != "deepspeed":
         for key, unset in (("zero_stage", None), ("zero_offload", "none")):
@@ -228,7 +228,7 @@ def check_zero(config: Config) -> None:
 
 # attention kernels that take chunk boundaries as tensors; the work of the others depends on the boundaries' values
 KERNELS = ("te-fused", "flash", "varlen")
-# default of data.max_chunks_per_row: a row has room for one chunk of so many tokens after another
+# data.max_chunks_per_row is by default the number of chunks of this length that fit into a row
 TOKENS_A_CHUNK = 64
 
 
@@ -238,14 +238,14 @@ def max_chunks_per_row(data: DataConfig) -> int:
 
 
 def check_graphs(config: Config) -> None:
-    """Raise UserError where the micro-batches of a run with CUDA graphs are not all alike."""
+    """Raise UserError if `runtime.cuda_graph` is set and another key does not work with it."""
     if config.runtime.cuda_graph:
         for obstacle, instead in _graph_refusals(config):
             raise UserError(f"runtime.cuda_graph: does not work with {obstacle}; {instead}")
 
 
 def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (what is in the way, what to do)."""
+    """Yield (setting that does not work with CUDA graphs, what to do) for each such setting of the run."""
     parallel, run = config.parallel, config.run
     if OBJECTIVES[run.objective].is_hybrid:
         yield f"objective {run.objective}, whose micro-batches are not alike", "runtime.cuda_graph=false"
@@ -274,7 +274,7 @@ class RowSplit:
 
     Every rank gets floor(rows / dp) rows or one more, and every one of its micro-batches an equal part of them, rounded
     down or up. All micro-batches of a step have the same size, which pipeline stages need; a slot without a row is
-    empty. Where everything divides, micro-batch `index` of all ranks together holds consecutive rows.
+    empty. If everything divides, micro-batch `index` of all ranks together holds consecutive rows.
     """
 
     rows: int
@@ -290,8 +290,8 @@ class RowSplit:
             rows: rows of the step.
             dp: data-parallel ranks.
             most: rows that a micro-batch may hold.
-            group: the number of micro-batches of a rank is a multiple of it.
-            fixed: give micro-batches `most` slots even where fewer would do, for what cannot change its shapes.
+            group: factor of the number of micro-batches of a rank (`micro_batch_group`).
+            fixed: give every micro-batch `most` slots, even if fewer would do, because shapes must not change.
         """
         share = -(-rows // dp)
         count = -(-share // (most * group)) * group
@@ -309,7 +309,7 @@ class RowSplit:
 
     def slots(self, rank: int, index: int) -> range:
         """Return the rows within the step that micro-batch `index` of data-parallel rank `rank` holds."""
-        # the first `larger` ranks have a row more
+        # the first `larger` ranks have one row more than the others
         share, larger = divmod(self.rows, self.dp)
         ends = [(n * (share + 1) // self.count, n * share // self.count) for n in (index, index + 1)]
         of_larger, of_others = (end - start for start, end in zip(*ends))

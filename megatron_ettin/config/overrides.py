@@ -1,9 +1,9 @@
-"""Read what overrides the recipe's tables: a user config (`--config`), `key=value` overrides, and sweeps.
+"""Read a user config (`--config`), `key=value` overrides and sweeps, which override the recipe's tables.
 
-A user config is a YAML mapping of groups. Its `phases:` holds groups for single phases, as the override
-`extend.data.mixture=...` is for one. A YAML of the original trainer is read too (config/original/). Each layer is
-checked as it is read: unknown keys are refused with the nearest valid name, counts such as 1.7T become whole numbers,
-older names and forms of keys become those of today.
+A user config is a YAML mapping of groups. Its `phases:` holds groups for single phases; the override
+`extend.data.mixture=...` is for a single phase too. A YAML of the original trainer is read too (config/original/). Each
+layer is checked as it is read: unknown keys are refused with the nearest valid name, counts such as 1.7T become whole
+numbers, older names and forms of keys become the current ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class UserConfig:
-    """A --config file."""
+    """The content of a `--config` file."""
 
     common: Groups
     """Groups for every phase."""
@@ -82,7 +82,12 @@ def is_original(content: Groups) -> bool:
 
 
 def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return size, objective and phase of a run: as given, or as an original trainer's file has them.
+    """Return size, objective and phase of a run: the given ones, else those of an original trainer's file.
+
+    Args:
+        config: the user config, or None.
+        path: its file, for messages.
+        given: the values of --size, --objective and --phase by name; None if not given.
 
     Raises:
         UserError: one is missing, or the given size or objective is not the file's. A given phase overrides the file's.
@@ -118,7 +123,7 @@ def read_layers(path: Path | None, overrides: Sequence[str], phase: str) -> list
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the overrides for every phase and those for one: `extend.data.mixture=x` is `data.mixture=x` of extend."""
+    """Return the overrides for every phase, and by phase those for one: `extend.data.mixture=x` is for extend."""
     common: list[str] = []
     of_phase: dict[str, list[str]] = {}
     for override in overrides:
@@ -144,7 +149,7 @@ def given_by_user(user_config: Path | None, overrides: Sequence[str], phase: str
 
 
 def given(layers: Sequence[Layer], group: str, key: str) -> str | None:
-    """Return the strongest layer's value of a key that decides which tables are used; None where none has it."""
+    """Return the value of a key in the strongest layer that sets it, as text; None if no layer sets it."""
     values = [value for layer in layers if (value := (layer.groups.get(group) or {}).get(key)) is not None]
     return str(values[-1]) if values else None
 
@@ -165,7 +170,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_overrides(overrides: Sequence[str]) -> Groups:
-    """Return `["optim.lr=1e-3", ...]` as groups; values are YAML. Raises UserError."""
+    """Return overrides, such as `["optim.lr=1e-3"]`, as groups of YAML values. Raises UserError."""
     layer: Groups = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -228,7 +233,7 @@ def upgrade_keys(groups: Groups) -> None:
 
 
 def _as_float(value: str, name: str) -> float:
-    """Read a number such as `3e-3`, which is text to YAML 1.1."""
+    """Return a number such as `3e-3`, which YAML 1.1 reads as text. Raises UserError."""
     try:
         return float(value)
     except ValueError:
@@ -248,12 +253,12 @@ class Member(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """Return the values as `key=value`, those of options left out."""
+        """Return the swept values as `key=value`, without those of `--size` and `--objective`."""
         return [f"{key}={value}" for key, value in self.values.items() if key not in NAMES]
 
 
 def members(sweeps: Sequence[str]) -> list[Member]:
-    """Return the runs of a sweep, the last key changing fastest. Raises UserError.
+    """Return a run for each combination of the swept values; the last key changes fastest. Raises UserError.
 
     Args:
         sweeps: `KEY=VALUE,VALUE,...` as `--sweep` has them.

@@ -2,7 +2,7 @@
 
 Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so: `rows` and
 `seq_len` of packed batching keep the published tokens per step (4,608 sequences of about 615 tokens, 2.84M).
-`local_rope_theta` is the same for both objectives so that a pair is a pair; ORIGINAL_LOCAL_THETA has what was run. The
+`local_rope_theta` is the same for both objectives of a pair; ORIGINAL_LOCAL_THETA has the published values. The
 1b ran a third of the published tokens in every phase but pretrain, whose configuration still has 1.7T.
 """
 
@@ -34,7 +34,7 @@ CLM_FRACTION = 0.5
 
 
 def choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
-    """Return an entry of a table. Raises UserError with the nearest name where there is none."""
+    """Return an entry of a table. Raises UserError with the nearest name if there is none; `what` begins it."""
     if name not in table:
         raise UserError(f"{what} {name!r} does not exist{nearest(name, table)}; it is one of {', '.join(table)}")
     return table[name]
@@ -47,9 +47,9 @@ def recipe(size: str, objective: str, phase: str, batching: str | None = None, n
         size: published size.
         objective: training objective.
         phase: phase of the recipe.
-        batching: `packed` rows, or `padded` sequences as the original has them; by default what the recipe does.
-        name: `paired`, a pair that transformers computes as it was trained, or `original`, with the choices of the
-            original trainer (docs/recipe.md).
+        batching: `packed` or `padded`; by default packed for `paired` and padded for `original`.
+        name: `paired`, with the choices of this system, or `original`, with those of the original trainer
+            (docs/recipe.md).
     """
     choose("recipe", name, dict.fromkeys(all_keys()["run.recipe"].choices))
     if name == "original":
@@ -58,7 +58,7 @@ def recipe(size: str, objective: str, phase: str, batching: str | None = None, n
 
 
 def original(config: Config) -> Config:
-    """Return a run of the tables with what the original trainer did otherwise. It made every update, good or bad."""
+    """Return a run of the tables with the choices of the original trainer, which made every update, good or bad."""
     run, data = config.run, config.data
     objective = "mntp" if (run.phase, run.objective) == ("cross", "mlm") else run.objective
     theta = ORIGINAL_LOCAL_THETA[run.phase, OBJECTIVES[objective].exports[0]][run.size]
@@ -131,7 +131,7 @@ def counts(*values: float) -> dict[str, int]:
 
 
 PEAK_LR = by_size(3e-3, 3e-3, 3e-3, 8e-4, 5e-4, 5e-4)
-# learning rate of decay and cross
+# peak learning rate of the phases decay and cross
 BASE_LR = by_size(1.5e-3, 1.5e-3, 1.5e-3, 4e-4, 2.5e-4, 2.5e-4)
 # coefficient of the fully decoupled decay
 WEIGHT_DECAY = by_size(3e-4, 3e-4, 3e-4, 1e-5, 1e-5, 5e-5)
@@ -140,7 +140,7 @@ NOTHING = counts(0, 0, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Batching:
-    """Rows of one way to batch."""
+    """Length of a row, and rows of a batch, for packed or for padded batching."""
 
     seq_len: int
     global_rows: int
@@ -247,11 +247,11 @@ PHASES = {
     ),
 }
 
-# Real tokens of a sequence of the published pre-training data, by their checkpoints: 8.5B tokens are 2,997.6 steps of
-# 4,608 sequences, so that 1.7T tokens are the 599,525 steps of the last one
+# Mean number of real tokens of a published pre-training sequence. It follows from the published checkpoints: one every
+# 8.5B tokens is one every 2,997.6 steps of 4,608 sequences, and the last one, at 1.7T tokens, is at step 599,525.
 ORIGINAL_MEAN_TOKENS = 615.36
 
-# local_attn_rotary_emb_base as the published runs had it: (phase, objective) -> size -> theta
+# local_attn_rotary_emb_base of the published runs: (phase, objective) -> size -> theta
 ORIGINAL_LOCAL_THETA = {
     **{(name, objective): phase.local_rope_theta for name, phase in PHASES.items() for objective in ("mlm", "clm")},
     ("decay", "clm"): by_size(10_000.0, 10_000.0, 10_000.0, 160_000.0, 10_000.0, 160_000.0),

@@ -2,13 +2,13 @@
 
 Precedence: recipe tables < weights that a run begins from < user config < overrides. OmegaConf merges and types.
 
-Linked defaults: where the user changes a key, keys that the recipe ties to it follow, unless the user gives them too. A
-run that has begun keeps its own values of everything that follows, and of what earlier versions had other defaults for:
-it goes on as it began, whatever the tables have by now.
+Linked defaults: if the user changes a key, the keys that the recipe ties to it follow, unless the user sets them too. A
+run that has begun keeps its recorded values of these keys, and of keys whose defaults have changed since: it goes on as
+it began, whatever the tables say now.
 
 Inherited settings: weights have a shape and were trained under windows, an epsilon and rotary bases, which the tables
-know for the published sizes only. They stand between the tables and the user: a ModernBERT's local base of 10,000 must
-not become the recipe's 160,000 because nobody mentioned it.
+have for the published sizes only. So the weights' settings are stronger than the tables and weaker than the user's: a
+ModernBERT's local base of 10,000 must not become the recipe's 160,000 because nobody set it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Start(NamedTuple):
     weights: Mapping[str, Any] = {}
     """Keys of `model` that come with its weights (`inherited`); stronger than the tables only."""
     begun: Config | None = None
-    """Recorded configuration of a run that goes on; linked defaults that nothing sets are taken from it."""
+    """Recorded configuration of a run that is resumed; linked defaults that nothing sets are taken from it."""
 
     @property
     def layer(self) -> Layer:
@@ -65,28 +65,28 @@ def parse(
         phase: phase of the recipe.
         user_config: YAML file of groups, or of the original trainer.
         overrides: `[phase.]group.key=value`.
-        start: what the run begins from.
+        start: the settings of the weights, and the recorded configuration, that the run begins from.
     """
     begun, below = start.begun, [start.layer]
     layers = read_layers(user_config, overrides, phase)
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
     of_file = frozenset[str]()
     if layers and layers[0].is_whole_run:
-        # a whole run, as the tables are: overrides change it, and linked defaults start from its values
+        # the file describes a whole run, as the tables do: overrides and linked defaults start from its values
         of_file = keys_of(layers[:1])
         base = to_config(apply_linked_defaults(base, merge(base, [*below, layers[0]]), of_file))
         below, layers = [], layers[1:]
     config = apply_linked_defaults(base, merge(base, [*below, *layers]), keys_of(layers), begun, of_file)
     resolved = to_config(config)
     check(resolved)
-    # a run that has begun with such a coefficient goes on as it is
+    # a run that has begun with such a coefficient goes on with it
     if begun is None or begun.optim.weight_decay != resolved.optim.weight_decay:
         check_weight_decay(resolved)
     return resolved
 
 
 def origins(user_config: Path | None, overrides: Sequence[str], phase: str, start: Start) -> dict[str, str]:
-    """Return who set each key that is not the tables': the strongest of the layers of `parse`, with the same Args."""
+    """Return `group.key` -> description of who set it, for keys set by other than the tables. Args: see `parse`."""
     layers = [start.layer, *read_layers(user_config, overrides, phase)]
     who = {key: layer.origin for layer in layers for key in keys_of([layer])}
     for key in kept_by(start.begun, who):
@@ -98,7 +98,7 @@ def origins(user_config: Path | None, overrides: Sequence[str], phase: str, star
 
 
 def merge(base: Config, layers: Sequence[Layer]) -> Any:
-    """Return OmegaConf's tree of a run with the layers in it, weakest first. Raises UserError for a wrong type."""
+    """Return `base` as an OmegaConf tree with the layers, weakest first, applied. Raises UserError for a wrong type."""
     tree = OmegaConf.structured(base)
     OmegaConf.set_readonly(tree, False)
     for group in tree:
@@ -118,7 +118,7 @@ def merge(base: Config, layers: Sequence[Layer]) -> Any:
 
 
 def to_config(tree: Any) -> Config:
-    """Return groups of plain values as the frozen dataclasses."""
+    """Return an OmegaConf tree, or a dict of groups, as a `Config`. Nothing is checked."""
     values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
     return Config(**{group: cls(**values[group]) for group, cls in groups().items() if group in values})
 
@@ -145,9 +145,9 @@ def from_yaml(path: Path) -> Config:
 
 
 def keep_early_decay(content: dict[str, Any]) -> None:
-    """Give a run of an earlier version the schedule that it was trained with.
+    """Give the stored groups of an earlier version's run the schedule that it was trained with, in place.
 
-    `one_minus_sqrt` decayed over the first `decay_tokens` then, which is the same where they are the whole run.
+    `one_minus_sqrt` then decayed over the first `decay_tokens`, which is the same if they are the whole run.
     """
     schedule, run = content.get("schedule"), content.get("run")
     if not isinstance(schedule, dict) or not isinstance(run, dict) or "end_tokens" in schedule:
@@ -156,10 +156,10 @@ def keep_early_decay(content: dict[str, Any]) -> None:
         schedule["end_tokens"] = schedule.get("decay_tokens")
 
 
-# The schedule follows the run's length: `run.tokens`, or `run.steps` where they end earlier (plan/schedule_end.py).
+# keys rescaled with the run's length: `run.tokens`, or `run.steps` if they end earlier (plan/schedule_end.py)
 SPAN = ("schedule.warmup_tokens", "schedule.decay_tokens", "batch.warmup_tokens", "schedule.end_tokens")
 ROWS = ("batch.global_batch_rows", "batch.micro_batch_rows")
-# keys whose value in the tables follows another one's: (leader, follower)
+# (leader, follower): if the user changes the leader, the follower changes too
 FOLLOWERS = (
     ("optim.lr", "optim.weight_decay_reference_lr"),
     ("data.seq_len", "model.max_position_embeddings"),
@@ -171,20 +171,20 @@ FOLLOWERS = (
     *(("run.steps", follower) for follower in SPAN),
 )
 KEPT = (*SPAN, "batch.warmup_min_rows", "optim.weight_decay_reference_lr")
-# warn of a learning rate that is more than so many times the recipe's
+# warn of a learning rate that is more than this many times the recipe's
 MOST_RATE = 10
-# warn of longer rows (tokens)
+# warn of rows with more tokens
 LONGEST_USUAL_ROW = 131_072
 # rows that divide by it suit most numbers of data-parallel ranks
 MOST_ROUND = 32
 
 
 def kept_by(begun: Config | None, given: Collection[str]) -> frozenset[str]:
-    """Return the keys that a run keeps as it has begun with them because nothing sets them now.
+    """Return the keys that a resumed run keeps at their recorded values, because nothing sets them now.
 
     Args:
         begun: the run's recorded configuration; None for a new run, which keeps nothing.
-        given: `group.key` of all that the user sets.
+        given: `group.key` of everything that the user sets.
     """
     if begun is None:
         return frozenset()
@@ -199,10 +199,10 @@ def apply_linked_defaults(
 
     Args:
         base: the tables, from which the user's layers start.
-        merged: the same with the user's layers in it, as OmegaConf's tree.
-        given: `group.key` of all that the user sets.
-        begun: the recorded configuration of a run that goes on.
-        of_file: keys of `base` that an original trainer's file sets; a run keeps no other value of them.
+        merged: the same with the user's layers applied, as an OmegaConf tree.
+        given: `group.key` of everything that the user sets.
+        begun: the recorded configuration of a run that is resumed.
+        of_file: keys of `base` that an original trainer's file sets; a resumed run does not keep other values of them.
 
     Returns:
         `merged`.
@@ -229,7 +229,7 @@ def apply_linked_defaults(
 
 
 def keep_tokens_a_step(base: Config, merged: Any, fixed: Collection[str]) -> None:
-    """Give rows of another length the tables' tokens a step and a micro-batch, as nearly as whole rows can."""
+    """Set the rows of a batch and a micro-batch, in place, so that rows of another length keep the tables' tokens."""
     ratio = base.data.seq_len / max(merged.data.seq_len, 1)
     wanted, micro = base.batch.global_batch_rows * ratio, base.batch.micro_batch_rows * ratio
     if "batch.micro_batch_rows" in fixed:
@@ -245,9 +245,9 @@ def keep_tokens_a_step(base: Config, merged: Any, fixed: Collection[str]) -> Non
 
 
 def keep_shares(base: Config, merged: Any, fixed: Collection[str], begun: Config | None = None) -> None:
-    """Scale warm-up, decay and batch warm-up to be the same shares of the run as in the tables.
+    """Scale warm-up, decay and batch warm-up, in place, to be the same shares of the run as in the tables.
 
-    A run of an earlier version that has begun with the unscaled ones goes on with them.
+    A run that has begun, under an earlier version, with unscaled values goes on with them.
     """
     end = max(merged.schedule.end_tokens or merged.run.tokens, 0)
     for key in SPAN[:-1]:
@@ -258,7 +258,7 @@ def keep_shares(base: Config, merged: Any, fixed: Collection[str], begun: Config
 
 
 def rows_line(base: Config, config: Config) -> str | None:
-    """Return what another row length does to the tokens of a step; None where it is the tables' own.
+    """Return a line about the tokens of a step if rows have another length than in the tables, else None.
 
     Args:
         base: the tables.
@@ -298,8 +298,8 @@ BASES = ("global_rope_theta", "local_rope_theta")
 def inherited(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of `model` that come with weights whose config.yaml has the groups `source`.
 
-    A published shape is left to --size, so that another one is refused rather than used. The rotary bases of a run
-    that followed the recipe are left to the recipe, which changes them from phase to phase; others are kept.
+    A published shape is not among them: --size sets it, so that weights of another shape are refused. The rotary bases
+    of a run that followed the recipe are not either, because the recipe changes them from phase to phase.
     """
     model, run = source.get("model") or {}, source.get("run") or {}
     keys = [*FIXED]
@@ -311,7 +311,7 @@ def inherited(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _follows_the_recipe(model: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Return whether the rotary bases are those of the source's own phase and size."""
+    """Return whether the rotary bases are those that the tables have for the phase and size in `run`."""
     phase, size = PHASES.get(str(run.get("phase"))), str(run.get("size"))
     if phase is None or size not in SIZES:
         return False

@@ -1,8 +1,8 @@
 """Declare the configuration's groups as frozen dataclasses, with every key a user may set.
 
-Each key is declared once by `key` (keys.py), with what it does and which values it may have; docs/config.md is
-generated from here. Defaults are those that no recipe table decides: resolve.py fills the rest from SIZES, PHASES and
-OBJECTIVES. OmegaConf types and merges the groups, so a key that is not here does not exist. None means "not set".
+Each key is declared once by `key` (keys.py), with what it does and which values it may have. docs/config.md is
+generated from this module. Keys without a default get it from the recipe's tables (SIZES, PHASES, OBJECTIVES).
+OmegaConf types and merges the groups, so it refuses keys that are not declared. None means "not set".
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Run of the recipe, and its length."""
+    """The recipe's run (size, objective, phase), its seed and its length."""
 
     size: str = key("Published size that the shape is taken from (`--size`).")
     objective: str = science_key("Training objective (`--objective`).")
@@ -325,7 +325,7 @@ class Config:
         return getattr(getattr(self, group), short)
 
     def with_keys(self, values: Mapping[str, Any]) -> Config:
-        """Return the same run with other values of some keys, such as `{"run.steps": 5}`. Nothing is checked."""
+        """Return a copy with other values of some keys, such as `{"run.steps": 5}`. Nothing is checked."""
         of_groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             group, _, short = name.partition(".")
@@ -342,13 +342,13 @@ def groups() -> Mapping[str, Any]:
 
 @functools.cache
 def key_types() -> Mapping[str, Any]:
-    """Return the annotation of each `group.key`."""
+    """Return the type annotation of each `group.key`."""
     return {f"{group}.{name}": hint for group, cls in groups().items() for name, hint in get_type_hints(cls).items()}
 
 
 @functools.cache
 def all_keys() -> Mapping[str, Key]:
-    """Return what each `group.key` was declared with."""
+    """Return the `Key` (meaning and allowed values) of each `group.key`."""
     return {
         f"{group}.{one.name}": one.metadata[METADATA]
         for group, cls in groups().items()
@@ -363,18 +363,18 @@ def _decays_to_the_end(config: Config) -> bool:
 
 # keys that are science keys in some runs only
 CONDITIONS: dict[str, Callable[[Config], bool]] = {
-    # the decay ends there
+    # the decay ends at run.tokens
     "run.tokens": _decays_to_the_end,
-    # a mean of micro-batches' means depends on what is in one
+    # the mean of the micro-batches' means depends on how rows are grouped
     "batch.micro_batch_rows": lambda config: config.batch.loss_normalization == "microbatch",
     "data.order": lambda config: True,
 }
-# these decide which updates are made
+# keys that decide which updates are made
 GUARD_KEYS = tuple(name for name, key in all_keys().items() if name.startswith("resilience.") and key.science)
 
 
 def science_keys(config: Config) -> dict[str, object]:
-    """Return the keys that must not change within a run directory, flat; operations keys (layout, sinks) may."""
+    """Return name -> value of the keys that must not change within a run directory. `data.order` has its kind only."""
     names = [
         name for name, key in all_keys().items() if key.science is True or (key.science and CONDITIONS[name](config))
     ]

@@ -50,7 +50,7 @@ SIZES = {
 }
 
 
-# types that have a shape, for counting parameters
+# types whose parameters can be counted
 HasShape: TypeAlias = "Shape | ModelConfig"
 
 
@@ -72,7 +72,7 @@ def parameter_count(shape: HasShape, vocab_size: int = VOCABULARY) -> int:
 
 
 def tensor_parallel_degrees(shape: HasShape) -> list[int]:
-    """Return the degrees that divide the heads and the MLP's inner width. Core pads the vocabulary to fit."""
+    """Return the tensor-parallel degrees that divide the heads and the MLP's inner width. Core pads the vocabulary."""
     heads, ffn = shape.num_attention_heads, shape.ffn_hidden_size
     return [tp for tp in range(1, heads + 1) if heads % tp == 0 and ffn % tp == 0]
 
@@ -83,7 +83,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class RowObjective:
-    """Way of reading a row: whether attention is causal, tokens are masked, and position i predicts i + 1."""
+    """How a row is read: whether attention is causal, tokens are masked, and position i predicts i + 1."""
 
     causal: bool
     masks: bool
@@ -160,16 +160,16 @@ PRECISIONS = {
 }
 
 
-# Sizes of the model's computations that decide what they hold in memory, which a plan predicts without the model.
+# The sizes below decide how much memory the model's computations need, which a plan predicts without the model.
 # tokens per block of attention in bands; windows are rounded up to whole blocks
 BAND = 64
-# up to this length a masked row costs less than many small calls
+# rows up to this length attend densely with a mask, which costs less than many small calls
 DENSE_ROW_TOKENS = 192
-# fp32 logits alive at the same time; large enough for efficient matrix products
+# bytes of fp32 logits that are in memory at the same time; large enough for efficient matrix products
 CHUNK_LOGITS_BYTES = 64 * 2**20
-# rows of logits that are computed at a time at least, however large the vocabulary is
+# fewest rows of logits that are computed at a time, however large the vocabulary is
 FEWEST_CHUNK_ROWS = 64
-# rows that fill a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
+# rows of logits that fill a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
 DEVICE_CHUNK_ROWS = 4_096
 
 

@@ -16,7 +16,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import parse_count
 
 Points = tuple[tuple[int, float], ...]
-# a trace of a step is megabytes, and is held in memory until it is written
+# most steps of a trace: each takes megabytes of memory until the trace is written
 MOST_STEPS = 50
 
 
@@ -47,7 +47,7 @@ def parse_points(value: Any, key: str) -> Points:
 
 
 def share_points(value: Any, key: str) -> float | list[list[float]]:
-    """Read a share as `parse_points` does, as plain values: a number, or a list of [tokens, share]."""
+    """Read a share as `parse_points` does. Return plain values: a number, or a list of [tokens, share]."""
     points = parse_points(value, key)
     is_number = not isinstance(value, list) and ":" not in str(value)
     return points[0][1] if is_number else [list(point) for point in points]
@@ -88,7 +88,7 @@ def parse_skips(value: Any, key: str = "data.skip") -> Skips:
 
 
 def row_ranges(value: Any, key: str) -> list[list[int]] | None:
-    """Read ranges of rows as `parse_skips` does, as plain lists; None for no range."""
+    """Read ranges of rows as `parse_skips` does. Return plain lists; None for no range."""
     return [list(one) for one in parse_skips(value, key)] or None
 
 
@@ -137,7 +137,7 @@ def first_and_end(value: Any) -> tuple[int, int] | None:
 
 
 def _numbers(value: Any, separator: str) -> list[int] | None:
-    """Return the whole numbers of a list, of its older text, or a single one; None for anything else."""
+    """Return the whole numbers of a list, of its older text form, or of a single number; None for anything else."""
     try:
         return [int(str(part).strip()) for part in (value if isinstance(value, list) else str(value).split(separator))]
     except ValueError:
@@ -152,8 +152,8 @@ HELD_OUT = "heldout"
 def validation_sets(value: Any, key: str = "data.validation") -> dict[str, str]:
     """Return the dataset paths of `data.validation` by name, in the order given. Raises UserError.
 
-    A path without a name is called after its folder (`heldout` after the one above it), or by itself where two have the
-    same name.
+    A path without a name gets the name of its folder (for `heldout` that of the folder above), or the whole path as its
+    name if two folders have the same name.
     """
     if isinstance(value, Mapping):
         named = {str(name): path for name, path in value.items()}

@@ -1,7 +1,7 @@
 """Translate a YAML of the original trainer (`ettin train --config original.yaml`) to this system's keys.
 
-Every key is translated, left aside with a reason, or refused because it cannot be honoured; together that accounts for
-every key of the 48 published files. What the file does not say is as under `recipe: original`.
+Every key is translated, left aside with a reason, or refused, and every key of the 48 published files is known. Keys of
+this system that the file does not decide are as under `recipe: original`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_loader.dataset.split": (("train",), "datasets are named by their folders"),
     "optimizer.filter_bias_norm_wd": ((True,), "norms and biases never decay"),
 }
-"""key -> (values that are honoured, what they mean); another value is refused."""
+"""key -> (values that are accepted, what they mean); another value is refused."""
 
 _REASONS = {
     "a run reads data.mixture": "data_local data_remote train_loader.dataset.local train_loader.dataset.remote"
@@ -105,14 +105,14 @@ _REASONS = {
 }
 """reason -> keys, with `@` for those of the model and `.*` for anything below a key."""
 IGNORED = {key.replace("@", MODEL): reason for reason, keys in _REASONS.items() for key in keys.split()}
-"""key (or prefix.*) -> the reason why it is left aside."""
+"""key (or prefix.*) -> the reason why it has no effect."""
 
 Groups = dict[str, dict[str, Any]]
 
 
 @dataclass
 class TrainerYaml:
-    """The keys of a file by dotted name, which of them have been used, and notes for the user."""
+    """A file's keys by dotted name, the names of the keys that have been used, and notes for the user."""
 
     path: Path
     keys: dict[str, Any]
@@ -126,11 +126,11 @@ class TrainerYaml:
 
     @property
     def max_duration(self) -> int:
-        """Return the tokens of the whole run."""
+        """Return the number of tokens of the whole run. Raises UserError."""
         return self.tokens("max_duration", self.need("max_duration"))
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, which counts as used from now on."""
+        """Return the value of a key and note the key as used."""
         self.used.add(key)
         return self.keys.get(key, default)
 
@@ -149,14 +149,14 @@ class TrainerYaml:
             raise self.error(key, f"is {value!r}; a number was expected") from None
 
     def choice(self, key: str, table: Mapping[str, Any]) -> Any:
-        """Return the entry of a table that a key names. Raises UserError."""
+        """Return the entry of a table whose name is the value of a key. Raises UserError."""
         value = self.need(key)
         if value not in table:
             raise self.error(key, f"is {value!r}{nearest(str(value), table)}; allowed: {', '.join(table)}")
         return table[value]
 
     def tokens(self, key: str, value: Any, whole: int | None = None) -> int:
-        """Return a duration of the trainer in tokens: `3_000_000_000tok`, or `0.1dur` of the `whole` run."""
+        """Return the tokens of a duration: `3_000_000_000tok`, or `0.1dur` of the `whole` run. Raises UserError."""
         text = str(value)
         if text.endswith(("ba", "ep", "sp", "sec", "iter")):
             raise self.error(key, f"is {text!r}; durations are counted in tokens here: write it as ...tok")
@@ -175,10 +175,10 @@ def import_yaml(content: dict[str, Any], path: Path) -> tuple[Groups, dict[str, 
     """Translate the content of a YAML file.
 
     Returns:
-        The groups of our keys; names (objective, phase, and size where its shape is published); notes for the user.
+        Groups of this system's keys; names (objective, phase, and size if its shape is published); notes for the user.
 
     Raises:
-        UserError: the first key that cannot be honoured or is not known.
+        UserError: a key is unknown, missing, or has a value that this system does not support.
     """
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
@@ -207,7 +207,7 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _phase(yaml: TrainerYaml) -> str:
-    """Return the phase whose tables fill what the file leaves open; --phase is stronger."""
+    """Return the phase whose tables give the keys that the file does not decide, unless the user gives --phase."""
     if "_to_" in yaml.keys["model.name"] or yaml.keys.get("load_weights_only"):
         return "cross"
     if yaml.keys.get("scheduler.name") == "one_minus_sqrt":
@@ -262,14 +262,14 @@ def _data_and_batch(yaml: TrainerYaml) -> Groups:
 
 
 def _schedule(yaml: TrainerYaml) -> Groups:
-    """Read the schedule. A key that the trainer itself has no default for is refused, as the trainer stops there."""
+    """Read the schedule. Raises UserError if a key is missing for which the trainer has no default either."""
     name, whole = yaml.choice("scheduler.name", SCHEDULES), yaml.max_duration
     end = yaml.take("scheduler.t_max")
     if end is not None and yaml.tokens("scheduler.t_max", end, whole) != whole:
         raise yaml.error("scheduler.t_max", f"is {end!r}; a schedule ends with max_duration here")
     decay = yaml.take("scheduler.t_decay", WSD_DECAY if name == "wsd" else 0)
     if name == "one_minus_sqrt":
-        # it has no warm-up, whatever the file says
+        # this schedule has no warm-up, whatever the file says
         yaml.used.add("scheduler.t_warmup")
         warmup, decay = 0, yaml.need("scheduler.t_decay")
     else:
@@ -318,7 +318,7 @@ def _run(yaml: TrainerYaml) -> Groups:
 
 
 def _account_for_the_rest(yaml: TrainerYaml) -> None:
-    """Check fixed keys and note those that are left aside. Raises UserError for a key that is not known."""
+    """Check the unused keys: `FIXED` ones are compared, `IGNORED` ones noted. Raises UserError for any other."""
     aside: dict[str, list[str]] = {}
     for key, value in yaml.keys.items():
         if key in yaml.used:
@@ -337,7 +337,7 @@ def _account_for_the_rest(yaml: TrainerYaml) -> None:
 
 
 def reason_to_ignore(key: str) -> str | None:
-    """Return why `key` is left aside; None where it is not."""
+    """Return the reason why `key` has no effect; None if it is not one of `IGNORED`."""
     for known, reason in IGNORED.items():
         if key == known or (known.endswith(".*") and (key + ".").startswith(known[:-1])):
             return reason

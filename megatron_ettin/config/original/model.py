@@ -85,9 +85,9 @@ def read_trainer_model(
         prefix: prefix of the keys in the file, for notes.
 
     Raises:
-        UserError: a value that this model cannot have.
+        UserError: a value is malformed, or this package's model does not support it.
     """
-    # init_std is absent on purpose from a YAML, and from a checkpoint that records initializer_range
+    # YAML files leave out init_std on purpose, and so do checkpoints that record initializer_range
     expected = DEFAULTS.keys() - ({"init_std"} if prefix or "initializer_range" in config else set())
     notes = [
         f"{source} has no {prefix}{key}: {_default_note(key, value)}"
@@ -130,7 +130,7 @@ def _check_fixed(config: Mapping[str, Any], source: str) -> None:
 
 
 def _model_config(config: Mapping[str, Any], source: str, seq_len: object, notes: list[str]) -> ModelConfig:
-    """Build the ModelConfig. The vocabulary is rounded up to 8 rows, as the trainer does."""
+    """Build the ModelConfig. The vocabulary is rounded up to a multiple of 8 rows, as the trainer does."""
     theta, local = float(config["rotary_emb_base"]), float(config["local_attn_rotary_emb_base"])
     if local == -1:
         # -1 in the trainer means the base of the global layers
