@@ -1,4 +1,4 @@
-"""Use the package from scripts and notebooks: a typed function for each thing that people script.
+"""Use the package from scripts and notebooks through typed functions.
 
 Importing this module is cheap; a function imports what it needs when it is called. Mistakes raise `UserError` with the
 line that a command would print. Functions return the package's own objects: their documented attributes are part of
@@ -43,7 +43,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return the object that a name of a former version stands for, and warn with a DeprecationWarning."""
+    """Return the object that had this name in a former version, and issue a DeprecationWarning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, new = _RENAMED[name]
@@ -92,12 +92,12 @@ def load_dataset(path: AnyPath) -> Dataset:
         path: the dataset's folder.
 
     Returns:
-        The dataset. `num_documents`, `num_chunks` and `num_tokens` count; `fingerprint` is a sha256 of the content;
-        `chunk(i)` returns the token ids [n] of a chunk, `document_of(i)` where it comes from, and `verify()` reads
-        every byte.
+        The dataset. `num_documents`, `num_chunks` and `num_tokens` are counts; `fingerprint` is a sha256 of the
+        content; `chunk(i)` returns the token ids [n] of a chunk, `document_of(i)` its source and document, and
+        `verify()` checks every byte.
 
     Raises:
-        UserError: where there is no dataset, or a damaged one.
+        UserError: the folder has no dataset, or a damaged one.
     """
     from megatron_ettin.data.dataset import open_dataset
 
@@ -133,7 +133,7 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
 
     Args:
         config: the run.
-        run_dir: its directory; a run that has begun there is resumed.
+        run_dir: the run's directory; a run that has begun there is resumed.
         init_from: weights to begin from: a run, a checkpoint or a Hugging Face folder.
 
     Returns:
@@ -189,7 +189,7 @@ def load_checkpoint(path: AnyPath, verify: bool = True) -> Checkpoint:
         The checkpoint. A tensor is read only when `read` is called.
 
     Raises:
-        UserError: where there is no checkpoint, or a damaged one.
+        UserError: the folder has no checkpoint, or a damaged one.
     """
     from megatron_ettin.checkpoint import directory, integrity
     from megatron_ettin.train.resume import checkpoint_config
@@ -220,7 +220,7 @@ def to_hf(
         `transformers` (its version).
 
     Raises:
-        UserError: where `out` exists, or the checkpoint cannot be exported.
+        UserError: `out` exists, or the checkpoint cannot be exported.
     """
     from megatron_ettin.convert.to_hf import ExportOptions, to_hf as export
     from megatron_ettin.evaluate.inference import logits_of
@@ -242,7 +242,7 @@ def from_hf(folder: AnyPath, out: AnyPath, objective: str | None = None) -> dict
         `notes` on what had to be assumed.
 
     Raises:
-        UserError: where `out` exists, or the folder is not a ModernBERT model that can be imported.
+        UserError: `out` exists, or the folder is not a ModernBERT model that can be imported.
     """
     from megatron_ettin.convert.from_hf import from_hf as imported
 
@@ -285,7 +285,7 @@ def evaluate(
 
 
 def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Return which documents and spans some steps of a run used or will use.
+    """Return the documents and token spans that some steps of a run used or will use.
 
     Args:
         run: a run directory.
@@ -298,7 +298,7 @@ def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
         `start_token` and `end_token` (in the document, end exclusive), `row_start` (token of the row).
 
     Raises:
-        UserError: for steps that are none, for missing data, and for an order that is not the run's recorded one.
+        UserError: for an empty range of steps, missing data, or an order that is not the one that the run recorded.
     """
     from megatron_ettin.runs import order_export
 

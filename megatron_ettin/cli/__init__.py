@@ -1,1 +1,1 @@
-"""Floor 9: one small file a command."""
+"""Floor 9: the commands of `ettin`, each in a small file of its own."""

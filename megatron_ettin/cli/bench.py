@@ -1,8 +1,8 @@
 """Measure how fast a run trains here: tokens/s, TFLOP/s, MFU, memory, where a step's time goes. No weights are kept.
 
-Each combination of --layouts, --precision and --sweep is measured in turn and appended to --out as a line of JSON; the
-same command again goes on with those that are missing. Rows are synthetic, with documents' lengths, unless --data names
-a dataset.
+Each combination of --layouts, --precision and --sweep is measured in turn and appended to --out as a line of JSON. The
+same command again measures the combinations that are missing. Rows are synthetic, with documents' lengths, unless
+--data names a dataset.
 
 Example:
   ettin bench --size 150m --precision bf16,fp8-current --sweep batch.micro_batch_rows=16,32,64
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 USUAL = {"micro_batches": 4, "steps": 8, "warm_up": 3}
 QUICK = {"micro_batches": 2, "steps": 3, "warm_up": 1}
 QUICK_ROWS = 2
-# seconds by which ranks may differ in giving up a combination
+# timeout in seconds of the gather after a measurement that failed
 MEETING_SECONDS = 30.0
 
 
@@ -82,10 +82,10 @@ def run(args: argparse.Namespace) -> None:
     device = given(read_layers(args.config, args.overrides, args.phase), "runtime", "device")
     platform = detect(device or "auto", env.local_rank)
     rows, is_only = [], len(combinations) == 1
-    # in a log each result's own line suffices
+    # a log has a line for each result, so it needs no progress
     draws = env.rank == 0 and errors_on_terminal()
     try:
-        # read once: a rank that comes later would find what rank 0 has begun
+        # only rank 0 reads: a later rank would also read the combination that rank 0 has begun meanwhile
         with temporary_process_group(env, platform):
             known = run_on_rank_zero(lambda: known_results(args), UserError)
         with items_report("bench") if draws else contextlib.nullcontext(lambda *_: None) as report:
@@ -108,14 +108,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def set_defaults(args: argparse.Namespace) -> None:
-    """Set the numbers that were not given."""
+    """Set --micro-batches, --steps and --warm-up in `args` if they were not given."""
     for name, number in (QUICK if args.quick else USUAL).items():
         if getattr(args, name) is None:
             setattr(args, name, number)
 
 
 def known_results(args: argparse.Namespace) -> dict[str, Any]:
-    """Read the results in --out. Raises UserError if it holds something else or cannot be written."""
+    """Return the results in --out by identity. Raises UserError if the file holds others or cannot be written."""
     from megatron_ettin.bench import results
 
     results.check_writable(args.out, "--out")
@@ -171,7 +171,7 @@ def measure_one(
         state, met = after_failure(env, platform, results.failure(error))
         kept = keep(state)
         if kept["state"] != results.NO_MEMORY or not met:
-            # others wait in a collective: the job ends, and continues after this one when started again
+            # other ranks wait in a collective, so the job ends; the next start continues after this combination
             raise
         return kept
     shown = {
@@ -189,8 +189,8 @@ def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) 
     """Agree on the state of a measurement that failed on this rank.
 
     Returns:
-        (its state, out of memory if that is what another rank met; whether all ranks arrived and can continue
-        together: a rank in a collective that never ends does not arrive)
+        (state, met). The state is out of memory if that happened on any rank, else this rank's own. `met` is whether
+        all ranks arrived and can continue together: a rank that hangs in a collective does not arrive.
     """
     from megatron_ettin.bench import results
     from megatron_ettin.parallel.collectives import all_gather_object
@@ -211,7 +211,7 @@ def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) 
 
 
 def identity(args: argparse.Namespace, member: Member, env: DistributedEnv, platform: Platform) -> dict[str, Any]:
-    """Return what two results of one measurement share: results.IDENTITY_KEYS."""
+    """Return the fields of a result that identify the measurement (`results.IDENTITY_KEYS`)."""
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
     row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": env.world}
     row |= {"words": [*args.overrides, *member.overrides], "device": platform.name}
@@ -223,7 +223,7 @@ def identity(args: argparse.Namespace, member: Member, env: DistributedEnv, plat
 def resolve(
     args: argparse.Namespace, size: str, objective: str, overrides: list[str], world: int
 ) -> tuple[Config, Any]:
-    """Return the run to time, with a batch of a few micro-batches, and its rows. Raises UserError."""
+    """Return the run to time, with a batch of `--micro-batches` for each rank, and its dataset. Raises UserError."""
     from megatron_ettin.bench.synthetic import SyntheticRows
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.config.overrides import given_keys

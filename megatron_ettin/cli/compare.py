@@ -5,9 +5,9 @@ Name the runs of an encoder and of a decoder; several phases of one model follow
     ettin compare runs/enc-pretrain runs/dec-pretrain --out pair.html
     ettin compare enc/pretrain enc/extend dec/pretrain dec/extend --out pair.html --json --require-paired
 
-The verdict is PAIRED, NOT PAIRED (what differs is named), SAME TRAINING (two runs of one objective that share
-everything) or ONE MODEL (nothing to compare with). The page is that of `ettin report`; a PNG
-of the curves is written next to it.
+The verdict is PAIRED, NOT PAIRED (the differences are listed), SAME TRAINING (two runs of one objective that share
+everything) or ONE MODEL (nothing to compare with). The page is that of `ettin report`; a PNG of the curves is written
+next to it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the runs, write the page, and print the verdict."""
+    """Compare the runs, write the page, print the verdict, and return the exit status."""
     from megatron_ettin.report import document, plots
     from megatron_ettin.report.compare import compare
     from megatron_ettin.runs.directory import phases_in
 
     out, picture = args.out, args.out.with_suffix(".png")
     check_page(out)
-    # every phase in a chain's folder, each compared with the other chain's
+    # a folder of phases stands for all of its phases
     comparison = compare([phase for run in args.runs for phase in phases_in(run) or [run]])
     report = document.make_comparison(comparison)
     page = document.render(report).encode()

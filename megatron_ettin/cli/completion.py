@@ -1,7 +1,7 @@
 """Print the completion script for bash, zsh or fish.
 
-It completes commands, options, sizes, objectives, phases, `group.key=` and its values, and what follows `ettin launch
-... --`. The script calls `ettin` at each press of TAB and never grows old.
+It completes commands, options, sizes, objectives, phases, `group.key=` and its values, and the command after `ettin
+launch ... --`. The script calls `ettin` at each press of TAB, so it need not be printed again after an update.
 
   ettin completion bash > ~/.local/share/bash-completion/completions/ettin
   ettin completion zsh > ~/.zfunc/_ettin                  # in .zshrc before compinit: fpath+=~/.zfunc
@@ -9,8 +9,8 @@ It completes commands, options, sizes, objectives, phases, `group.key=` and its 
 For this shell only: eval "$(ettin completion bash)"
 
 The scripts call `ettin __complete WORD...`, which prints a candidate per line, with a tab before its meaning. It takes
-a tenth of a second. Scripts of shtab complete neither what follows `ettin launch ... --` nor the values of keys (bash
-splits words at `=`), and grow stale with each new key.
+a tenth of a second. Scripts of shtab complete neither the command after `ettin launch ... --` nor the values of keys
+(bash splits words at `=`), and are out of date with each new key.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the script."""
+    """Print the completion script of a shell."""
     print(SCRIPTS[args.shell], end="")
 
 
-# a line that asks the shell to offer files, also for the part after a key's `=`
+# printed line that asks the shell to offer files, for the whole word or for the part after a key's `=`
 FILES = ":files"
 
 # candidate -> its meaning
@@ -141,19 +141,19 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 # options that take a key -> the text after the key
 KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}
-# metavars of texts that are paths
+# metavars of options and arguments that are paths but are parsed as text
 FILE_NAMES = ("DATASET", "INPUT", "PATH", "DIR|NAME", "JOB|RUN", "[NAME=]DATASET")
 
 
 def print_offers(typed: Sequence[str]) -> int:
-    """Print the candidates for the last of the words after `ettin`, which may be incomplete."""
+    """Print the candidates for the last of the words after `ettin`, which may be incomplete, and return 0."""
     for word, meaning in offers(list(typed) or [""]).items():
         sys.stdout.write(f"{word}\t{meaning}\n" if meaning else f"{word}\n")
     return 0
 
 
 def offers(typed: list[str]) -> Offers:
-    """Return candidates for the last word with their meanings; empty where there are none."""
+    """Return the candidates for the last of the words after `ettin`, with their meanings; empty if there are none."""
     command, *rest = typed
     if not rest:
         commands = {name: summary for name, (_, summary) in COMMANDS.items()}
@@ -215,7 +215,10 @@ def _values(action: argparse.Action, current: str) -> Offers:
 
 
 def _keys(current: str, after: str) -> Offers:
-    """Offer `group.` first, then `group.key=`, then the key's values; `extend.group.key=` of one phase likewise."""
+    """Return candidates for `group.`, then `group.key=`, then the key's values, also after a phase such as `extend.`.
+
+    `after` is the text that follows a key: `=`, or empty for an option that takes only the key.
+    """
     first, dot, rest = current.partition(".")
     if dot and first in PHASES:
         keys = _keys(rest, after)
@@ -237,7 +240,7 @@ def _keys(current: str, after: str) -> Offers:
 
 
 def _starting_with(start: str, candidates: Offers) -> Offers:
-    """Return the candidates that begin so, with the first line of their meanings."""
+    """Return the candidates that begin with `start`, with the first line of their meanings."""
     return {
         word: text.partition("\n")[0].replace(" (%(default)s)", "")
         for word, text in candidates.items()

@@ -24,7 +24,7 @@ from megatron_ettin.config.tables import EXPORTED
 if TYPE_CHECKING:
     from megatron_ettin.convert.verify import Logits
 
-# way -> summary, example
+# direction (subcommand) -> summary, example
 WAYS = {
     "to-hf": ("a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported"),
     "from-hf": ("a folder that transformers wrote -> a checkpoint of weights", "exported imported"),
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert, and print what was done."""
+    """Convert in the direction that the options name, and print the result."""
     from megatron_ettin.base.progress import progress_report
     from megatron_ettin.platform.cpu import keep_freed_memory
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace, report: Callable[[int, int], None]) -> dict[str, Any]:
-    """Export a checkpoint, and return the facts about it. Raises UserError, and SystemExit where parity fails."""
+    """Export a checkpoint, and return the result of `to_hf`. Raises UserError, and SystemExit if parity fails."""
     from megatron_ettin.base.text import parse_count
     from megatron_ettin.convert.to_hf import ExportOptions, to_hf
     from megatron_ettin.convert.verify import ParityError
@@ -110,7 +110,7 @@ def export(args: argparse.Namespace, report: Callable[[int, int], None]) -> dict
 
 @contextlib.contextmanager
 def unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, which a scheduler sends, unwind the conversion, so that its temporary folder is removed."""
+    """Raise SystemExit in the block on SIGTERM, which a scheduler sends, so that temporary folders are removed."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -126,7 +126,7 @@ def unwinding_on_sigterm() -> Iterator[None]:
 
 
 def exported_lines(result: dict[str, Any]) -> list[str]:
-    """Return the lines about an export."""
+    """Return the lines to print about the result of `to_hf`."""
     what = f"{result['objective']}, {result['dtype']}, step {result['step']}"
     lines = [f"{result['checkpoint']} -> {result['out']}: {what}", f"weights: {', '.join(result['files'])}"]
     if not result["tokenizer"]:
@@ -144,6 +144,6 @@ def exported_lines(result: dict[str, Any]) -> list[str]:
 
 
 def imported_line(result: dict[str, Any]) -> str:
-    """Return the line about an import."""
+    """Return the line to print about the result of an import."""
     size = result["size"] or "no published size"
     return f"{result['source']} -> {result['out']}: {result['objective']}, {size}, {result['tensors']} tensors"

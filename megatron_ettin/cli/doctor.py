@@ -4,8 +4,8 @@ It looks at versions, GPUs, file systems, limits, names and clocks, and checks t
 products and all-reduces.
 
 Each line is ok, a note, a warning (costs speed, or may end a run one day) or a problem (a run would stop, or
-compute something else). Warnings and problems say what to do. Exit status: 0, 1 where there is a problem, 2 for
-wrong arguments.
+compute something else). Warnings and problems say what to do. Exit status: 0, 1 if there is a problem, 2 for wrong
+arguments.
 
 Examples:
   ettin doctor
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megatron_ettin.doctor.findings import Finding
     from megatron_ettin.parallel.env import DistributedEnv
 
-# a problem with one of these makes the later checks impossible
+# after a problem with one of these the later checks cannot run
 NO_FURTHER = ("megatron-core", "torch", "first host")
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print the findings, and return 1 where one is a problem."""
+    """Check this machine, print the findings, and return 1 if one is a problem, else 0."""
     from megatron_ettin.doctor.findings import worst
     from megatron_ettin.parallel.env import read_distributed_env
 
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         how = "`torchrun --nproc-per-node N --no-python ettin doctor --ranks`, or srun in a job"
         raise UserError(f"--ranks: needs several ranks, and this is one alone; start them with {how}")
     if not args.ranks and env.local_rank > 0:
-        # the first rank of each host reports
+        # only the first rank of each host reports
         return 0
     with warnings.catch_warnings():
-        # about missing packages, which are reported below
+        # libraries warn of missing packages, which the findings report
         warnings.simplefilter("ignore")
         findings = collect(args, env)
     met = any(finding.name == "rendezvous" and finding.state == "ok" for finding in findings)
@@ -87,7 +87,7 @@ def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
     findings += accelerator_findings(args.quick, args.gpus)
     findings += host_findings()
     if env.local_rank == 0:
-        # ranks that measure at the same time would measure each other
+        # ranks of a host that measure at the same time would slow each other down
         for folder in dict.fromkeys(args.path or [Path(".")]):
             findings += file_findings(folder, args.quick)
     broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in findings)
@@ -121,7 +121,7 @@ def show(findings: list[Finding], as_json: bool, seconds: float) -> None:
 
 
 def draw(findings: list[Finding], last: str) -> None:
-    """Print a table, and `last` below it."""
+    """Print the findings as a table for a terminal, and the line `last` below it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,7 +1,7 @@
 """Compute the validation loss of a run or checkpoint on datasets, in total and by source.
 
-Also the perplexity of a decoder, or the masked accuracy of an encoder. Sources are the datasets and, in a dataset
-prepared from several INPUTs, those.
+It also prints the perplexity of a decoder, or the masked accuracy of an encoder. Sources are the datasets and, in a
+dataset prepared from several INPUTs, these inputs.
 
 Example:
   ettin eval runs/17m-mlm --data data/corpus/heldout --baseline data/corpus
@@ -104,7 +104,7 @@ def run_harness(args: argparse.Namespace) -> None:
 
 
 def parse_datasets(given: list[str]) -> dict[str, str]:
-    """Return the paths of `--data` by name, by the rules of `data.validation`. Raises UserError."""
+    """Return name -> path of the `--data` values; unnamed ones are named as in `data.validation`. Raises UserError."""
     named: dict[str, str] = {}
     unnamed: list[str] = []
     for word in given:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the folder holds."""
+    """Print the description of a dataset, checkpoint or run, and return 0."""
     from megatron_ettin.runs.directory import last_phase
 
     path = last_phase(Path(args.path))
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path, as_json: bool = False) -> Verified:
-    """Read every byte of a dataset, its packing indices and orders. Raises UserError for a bad file."""
+    """Check every byte of a dataset, its packing indices and orders. Raises UserError for a damaged file."""
     from megatron_ettin.data.verify import dataset_files, unlisted_files, verify_files
 
     verified = verify_files([*dataset_files(path), *unlisted_files(path), *unlisted_files(path / "heldout")])
@@ -83,7 +83,7 @@ def verify(path: Path, as_json: bool = False) -> Verified:
 
 
 def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, Any]:
-    """Return what `--json` prints about a dataset."""
+    """Return the facts about a dataset that `--json` prints, without samples. `verified` is None without --verify."""
     from megatron_ettin.data.packing_index import existing_packing_indices
 
     plans = existing_packing_indices(dataset)
@@ -109,7 +109,7 @@ def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, A
 
 
 def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """Return `count` decoded chunks spread over the dataset, always the same ones."""
+    """Return `count` decoded chunks spread over the dataset, the same in each call, with their documents."""
     if not count:
         return []
     import numpy as np
@@ -128,7 +128,7 @@ def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
 
 
 def print_dataset(content: dict[str, Any]) -> None:
-    """Print the facts of `describe_dataset` for people."""
+    """Print the facts of `describe_dataset`, and the samples, as text."""
     tokenizer = content["tokenizer"]
     print(f"dataset {printable(content['path'])}  fingerprint {content['fingerprint'][:16]}")
     counts = ", ".join(f"{content[key]:,} {key}" for key in ("documents", "chunks", "tokens"))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 COMMANDS = ("train", "bench")
 SUITE = ("size=17m,32m,68m,150m,400m,1b", "objective=mlm,clm")
 NOT_FOR_JOBS = ("dry_run", "explain", "json", "sweep", "sweep_member")
-# written again for each job or each run
+# options that are written anew for each job or each run
 REWRITTEN = ("size", "objective", "phase", "run_dir", "init_from", "config")
 
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the scripts, submit them where that is asked for, and print what was done."""
+    """Write the scripts, submit them with --submit, print what was done, and return 0."""
     from megatron_ettin.launch.script import render_script
     from megatron_ettin.launch.submission import script_path, submit, why_never_starts, write_submission
 
@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_submission(args: argparse.Namespace) -> tuple[Submission, list[BatchJob], list[str]]:
-    """Build the submission and check it as far as that is possible here.
+    """Build the submission and check it as far as is possible on this machine.
 
     Returns:
-        What its jobs have in common, the jobs, and a line for each dataset that does not exist here.
+        The settings that its jobs share, the jobs, and a line for each dataset that this machine does not see.
 
     Raises:
         UserError: for a mistake of the command line, the profile or the command after `--`.
@@ -161,12 +161,12 @@ class LaunchedCommand:
     swept: frozenset[str] = frozenset()
     """Options among size and objective that differ between the runs."""
     runs: tuple[tuple[tuple[str, ...], tuple[PlannedPhase, ...]], ...] = ()
-    """Own arguments of each member of the sweep (or of the one run), and its phases in order."""
+    """For each member of the sweep, or for the only run: the arguments of its own, and its phases in order."""
     user_config: Path | None = None
 
     @property
     def is_array(self) -> bool:
-        """Return whether there are several runs."""
+        """Return whether each phase is a job array, because there are several runs."""
         return len(self.runs) > 1
 
 
@@ -175,11 +175,11 @@ def parse_command(command: str, arguments: Sequence[str], sweeps: Sequence[str])
 
     Args:
         command: train or bench.
-        arguments: what follows it.
-        sweeps: `KEY=V1,V2` of `ettin launch`.
+        arguments: the words after it.
+        sweeps: `KEY=V1,V2` of the --sweep and --suite of `ettin launch`.
 
     Raises:
-        UserError: as the command itself would.
+        UserError: for a mistake that the command would report, or an option that a job cannot have.
     """
     from megatron_ettin.config.overrides import members
 
@@ -201,7 +201,7 @@ def parse_command(command: str, arguments: Sequence[str], sweeps: Sequence[str])
     for name in sorted(swept):
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: the sweep sets it; leave it out of what follows `--`")
-        # so that the rest can be completed; each member has its own
+        # `complete` needs a value; each member of the sweep then sets its own
         setattr(args, name, sweep[0].values[name])
     if sweep and args.run_dir is None:
         raise UserError("--run-dir: name the folder that takes the sweep's runs")
@@ -216,7 +216,12 @@ def parse_command(command: str, arguments: Sequence[str], sweeps: Sequence[str])
 
 
 def split_into_jobs(launched: LaunchedCommand, world_size: int, max_parallel: int | None) -> list[BatchJob]:
-    """Return a job for each phase, an array where there are several runs.
+    """Return a job for each phase, which is an array if there are several runs.
+
+    Args:
+        launched: the parsed command.
+        world_size: ranks of each run.
+        max_parallel: most runs of an array at the same time; None for no limit.
 
     Raises:
         UserError: for a layout that `world_size` ranks cannot have.
@@ -241,7 +246,7 @@ def split_into_jobs(launched: LaunchedCommand, world_size: int, max_parallel: in
             check_layout(phase.config, world_size)
             weights = () if phase.init_from is None else ("--init-from", str(phase.init_from.absolute()))
             runs.append(JobRun(phase.run_dir, (*own, *weights)))
-            # each run of an array has a snapshot with its folder's name
+            # the snapshots of an array's runs differ by the name of the run's folder
             folder = phase.run_dir.relative_to(base).parts[:1] if launched.is_array else ()
             snapshots[".".join([name, *folder, "config.yaml"])] = to_yaml(phase.planned)
         own_names = {"size": names.size, "objective": names.objective, "phase": names.phase}
@@ -254,7 +259,7 @@ def split_into_jobs(launched: LaunchedCommand, world_size: int, max_parallel: in
 
 
 def missing_data(launched: LaunchedCommand) -> list[str]:
-    """Return a line for each dataset of the runs that does not exist, as seen from here.
+    """Return a line for each dataset, or recorded order, of the runs that this machine does not see.
 
     Raises:
         UserError: for a dataset that exists and does not fit its run.

@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def help_text() -> str:
-    """Return what `ettin --help` prints."""
+    """Return the text of `ettin --help`."""
     rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: ettin COMMAND [options]\n\n"
@@ -63,20 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trains:
             log.flush()
         else:
-            # so that a closed pipe raises here and not at the interpreter's exit
+            # a closed pipe then raises in this block and not at the interpreter's exit
             sys.stdout.flush()
         return status
     except UserError as error:
         record_failure(error, "user")
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        # one line for each host, not for each rank
+        # all ranks of a host meet most errors, so only the first of them prints
         if isinstance(error, RankError) or local_rank == "0":
             log.log_warning(f"ettin {name}: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         log.log_warning(f"ettin {name}: interrupted")
         return EXIT_INTERRUPTED
-    # SystemExit: a command's --help
+    # argparse raises SystemExit after it has printed --help
     except (Exception, SystemExit) as error:
         # `ettin order | head` is not an error; any other broken pipe is
         if isinstance(error, BrokenPipeError) and log.output_has_no_reader():
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_command(name: str, rest: list[str]) -> tuple[Callable[[Any], int | None], Any]:
-    """Return the function of a command and its argument: the parsed options. Raises UserError."""
+    """Return the function that runs a command, and its argument, mostly the parsed options. Raises UserError."""
     if name in ("-h", "--help"):
         return print, help_text().removesuffix("\n")
     if name in ("-V", "--version"):
@@ -108,7 +108,7 @@ def find_command(name: str, rest: list[str]) -> tuple[Callable[[Any], int | None
     if name not in COMMANDS:
         hint = nearest(name, [*COMMANDS, "--help", "--version"])
         raise UserError(f"no command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
-    # Megatron-Core and torch warn on every rank of optional packages and of their own deprecations
+    # Megatron-Core and torch warn on every rank of missing optional packages and of deprecations in their own code
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
     parser = OneLineParser(

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def format_chunk(record: dict[str, Any]) -> str:
-    """Return the line of one chunk."""
+    """Return the line to print for a record of `order_export.spans`, which is one chunk."""
     span = f"tokens {record['start_token']}-{record['end_token'] - 1}"
     where = f"{printable(record['source'])} {printable(record['document'])}"
     return f"step {record['step']} slot {record['slot']} {where} {span}"

@@ -1,4 +1,4 @@
-"""Parse command lines by argparse, and report mistakes in one line. `SHARED` has the options that commands share."""
+"""Parse command lines with argparse, and report mistakes in one line. `SHARED` has the options that commands share."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class OneLineParser(argparse.ArgumentParser):
 
         Args:
             names: its names, as for argparse.
-            at_least: smallest number allowed.
-            above: number above which a finite one is allowed.
+            at_least: smallest allowed value of a number.
+            above: a number must be finite and greater than this.
             settings: other settings of argparse.
         """
         action = super().add_argument(*names, **SHARED.get(names[0], {}) | settings)
@@ -45,14 +45,14 @@ class OneLineParser(argparse.ArgumentParser):
         return action
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
+        """Raise UserError with argparse's message, and a hint if the mistake is an unknown option."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             message = unknown_arguments(unknown.split(" "), options_of(self), takes_keys(self))
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Return a converted value. Raises UserError for a number outside of the bounds of its option."""
+        """Return an argument converted to its type. Raises UserError if a number is outside its option's bounds."""
         value = super()._get_value(action, arg_string)
         at_least, above = (getattr(action, bound, None) for bound in ("at_least", "above"))
         wrong = None
@@ -75,7 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Return every option of a parser and of its subparsers."""
+    """Return the names of all options of a parser and of its subparsers."""
     options: list[str] = []
     for action in parser._actions:
         options += action.option_strings
@@ -85,12 +85,18 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def takes_keys(parser: argparse.ArgumentParser) -> bool:
-    """Return whether the command takes group.key=value overrides."""
+    """Return whether a command's parser takes `group.key=value` overrides."""
     return any("key=value" in str(action.metavar) for action in parser._actions)
 
 
 def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bool) -> str:
-    """Return a message that names the first unknown argument that looks like an option, or else all arguments."""
+    """Return a message that names the first unknown argument that looks like an option, or else all arguments.
+
+    Args:
+        arguments: the arguments that argparse did not recognize.
+        options: names of the command's options.
+        keys: whether the command takes `group.key=value` overrides.
+    """
     for argument in arguments:
         name, _, value = argument.partition("=")
         if not name.startswith("-") or name == "-":
@@ -112,7 +118,7 @@ def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bo
 
 def parse_arguments(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments after the command's name. Raises UserError."""
-    # only for some commands, because argparse cannot parse intermixed overrides together with subcommands
+    # not for every command, because argparse cannot parse intermixed overrides together with subcommands
     return parser.parse_intermixed_args(arguments) if command in INTERMIXED else parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Resolve which runs an `ettin train` command asks for: one phase, the phases of a chain, or the members of a sweep."""
+"""Resolve the runs of an `ettin train` command: one phase, the phases of a chain, or the members of a sweep."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class PlannedPhase:
     run_dir: Path
     init_from: Path | None
     kept: dict[str, Any]
-    """Keys of `model` that come with the weights it begins from."""
+    """Keys of `model` that come with the weights from which the phase begins, and their values."""
     overrides: list[str]
     """Its `group.key=value` overrides."""
     begun: Config | None = None
     """The run's recorded configuration; None before its first launch."""
     given: frozenset[str] = frozenset()
-    """`group.key` of everything that the user sets."""
+    """`group.key` of everything that the user's config and overrides set."""
 
     @property
     def free(self) -> frozenset[str]:
@@ -43,20 +43,20 @@ class PlannedPhase:
 
     @property
     def planned(self) -> Config:
-        """The configuration with its schedule for `run.steps`, as far as that is known without the data."""
+        """The configuration with its schedule fitted to `run.steps`, by the expected tokens of a row."""
         from megatron_ettin.plan.schedule_end import expected_row_tokens, fit_schedule
 
         return fit_schedule(self.config, self.free, expected_row_tokens(self.config.data))
 
 
 def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
-    """Return the keys of `model` that come with the weights which the run began from.
+    """Return the keys of `model`, with values, that come with the weights from which the run begins.
 
-    They are as its first launch recorded them, so that a run resumes without those weights too, or as `init_from` has
-    them.
+    A run that has begun has them from the record of its first launch, so that it resumes without the weights too. A new
+    run has them from `init_from`; empty if that is None.
 
     Raises:
-        UserError: where there are no such weights.
+        UserError: `init_from` holds no weights.
     """
     from megatron_ettin.runs.directory import RunDirectory
 
@@ -71,7 +71,7 @@ def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
 
 
 def config_of_weights(init_from: Path) -> dict[str, Any]:
-    """Return the groups of the configuration stored with weights. Raises UserError where there are none."""
+    """Return the groups of the configuration stored with weights. Raises UserError if there are no weights."""
     from megatron_ettin.checkpoint.directory import read_config, resolve
     from megatron_ettin.convert.from_hf import is_hf_folder, model_group
 
@@ -79,7 +79,7 @@ def config_of_weights(init_from: Path) -> dict[str, Any]:
 
 
 def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
-    """Return the phases that the command line asks for, resolved and checked. Raises UserError."""
+    """Return the phases to train, resolved and checked, from the completed options. Raises UserError."""
     from megatron_ettin.config.overrides import given_by_user
     from megatron_ettin.config.resolve import Start, inherited, parse
     from megatron_ettin.runs.directory import CHAIN, RunDirectory, last_phase
@@ -104,7 +104,7 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
 
 
 def check_weights(args: argparse.Namespace) -> None:
-    """Raise UserError for a phase in a folder of phases, and for cross-training without weights."""
+    """Raise UserError if --run-dir is a folder of phases, or if --phase cross has no weights to begin from."""
     from megatron_ettin.checkpoint.directory import list_checkpoints
     from megatron_ettin.runs.directory import phases_in
 
@@ -134,14 +134,14 @@ def chosen_members(args: argparse.Namespace) -> list[Member]:
 
 
 def member_phases(args: argparse.Namespace, member: Member) -> list[PlannedPhase]:
-    """Return the one run of a member, by the rules of a single run."""
+    """Return the phase of a member of a sweep, resolved as a single run is."""
     names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
     own = {"run_dir": args.run_dir / member.name, "overrides": [*args.overrides, *member.overrides], "sweep": []}
     return plan_phases(argparse.Namespace(**{**vars(args), **names, **own}))
 
 
 def reference_rate_line(phase: PlannedPhase) -> str | None:
-    """Return a line on weight decay, which keeps its reference where a run continues with another learning rate."""
+    """Return a line if a resumed run has another learning rate and its weight decay keeps the reference, else None."""
     if phase.begun is None or phase.begun.optim.lr == phase.config.optim.lr:
         return None
     before, now = phase.begun.optim, phase.config.optim
@@ -155,7 +155,10 @@ def reference_rate_line(phase: PlannedPhase) -> str | None:
 
 
 def chain_warning(phase: PlannedPhase) -> str | None:
-    """Return a warning where a phase does not continue the one that the recipe has before it; None elsewhere."""
+    """Return a warning if a new run does not continue the phase that the recipe has before it, else None.
+
+    For cross-training it is a note if the weights were trained with the same objective.
+    """
     from megatron_ettin.runs.directory import RunDirectory
 
     name = phase.config.run.phase

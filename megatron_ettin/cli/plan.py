@@ -1,7 +1,7 @@
 """Rank the layouts of a number of GPUs by predicted speed, with memory, the cost of a phase, and the YAML to paste.
 
 Predictions come from a model of a step whose constants are fitted to the published runs of the recipe, or, with
---calibrate, to measured runs of one's own: JSON lines with size, gpus, tokens_per_second_per_gpu.
+--calibrate, to your own measured runs: JSON lines with size, gpus, tokens_per_second_per_gpu.
 
 Example:
   ettin plan --size 1b --gpus 512 --gpu h100 --phase pretrain
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Predict the layouts of a number of GPUs, or one run on several numbers of them, and print them."""
+    """Print the predicted layouts of a run on --gpus GPUs, or its predicted speed on each of --scale GPUs."""
     from megatron_ettin.config.overrides import given_keys
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.config.tables import PRECISIONS

@@ -1,9 +1,9 @@
 """Turn texts or token ids from files, directories and URLs into an indexed, tokenized dataset.
 
 INPUT: text files (one document each), JSON lines (.jsonl .ndjson, also .gz .zst .bz2 .xz, .json.gz), parquet, datasets
-saved to disk, MDS directories of texts or token ids, Megatron's .bin/.idx, a dataset made here, or a directory with any
-of them, one kind in each folder, read recursively in sorted order. A URL (s3:// gs:// hf:// memory://) is read where
-its package is installed.
+saved to disk, MDS directories of texts or token ids, Megatron's .bin/.idx, a dataset of `ettin prepare`, or a directory
+with any of them, one kind in each folder, read recursively in sorted order. A URL (s3:// gs:// hf:// memory://) is read
+if its package is installed.
 Run the same command again to continue one that was killed. The output is the same for any number of workers, on one
 machine, a SLURM cluster (a job array) or Ray.
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the dataset, or submit the jobs that make it, and print what was done."""
+    """Make the dataset, or submit the jobs that make it, print what was done, and return the exit status."""
     from megatron_ettin.base.progress import progress_report
     from megatron_ettin.base.text import refuse_secrets
     from megatron_ettin.prepare.cluster import Submitted
@@ -154,7 +154,7 @@ def parse_seq_lens(text: str | None) -> tuple[int, ...]:
 
 
 def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
-    """Return what `--json` prints."""
+    """Return the object that `--json` prints about a finished dataset."""
     return {
         **dataset_summary(result.dataset, request.seq_lens),
         "already_complete": result.already_complete,
@@ -167,7 +167,7 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
 
 
 def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Return the counts of a dataset, and of its packing at each row length."""
+    """Return the counts of a dataset and, for each row length in `lengths`, of its packed rows, which are built."""
     from megatron_ettin.data.packing_index import PackingIndex
 
     indices = [PackingIndex.build_or_open(dataset, seq_len) for seq_len in lengths]
@@ -184,7 +184,7 @@ def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any
 
 
 def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
-    """Print for people what was made, how full its rows are, and how fast it was."""
+    """Print as text what was made, how full its rows are, and how fast it was."""
     content = summary(request, result)
     if result.already_complete:
         times = ", sizes and times" if result.times_compared else " and sizes (times were not compared)"

@@ -1,8 +1,8 @@
 """Export every checkpoint of a run, and of the runs it continues, as revisions of one Hugging Face repository.
 
-OUT gets a folder a revision (step0, step1000, ..., ext500, ..., decay200), each with weights, config, tokenizer, card
-and parity record, `main` (the final one, with the card of the whole release and its training curve) and data_order/.
-Run it again to continue after an interruption or to add later checkpoints.
+OUT gets a folder for each revision (step0, step1000, ..., ext500, ..., decay200) with weights, config, tokenizer, card
+and parity record, `main` (the last revision, with the card of the whole release and its training curve) and
+data_order/. Run it again to continue after an interruption or to add later checkpoints.
 
 Examples:
   ettin release runs/17m-mlm/decay --out released/17m-mlm --licence apache-2.0
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Release the runs' checkpoints, push them where that is asked for, and print what was done."""
+    """Release the runs' checkpoints, push them with --push, and print what was done. Raises UserError."""
     from megatron_ettin.base.progress import items_report
     from megatron_ettin.release import build
     from megatron_ettin.release.revision import WorkerLostError
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             result = build.release(plan, report if show is not None else None)
         except WorkerLostError as error:
-            # not a user error: exit 1
+            # a worker that was killed is not a user error: exit 1
             raise SystemExit(f"ettin release: {error}") from error
     answer = {"out": str(args.out), **dataclasses.asdict(result)}
     if args.push and not result.failed:
@@ -109,7 +109,7 @@ def make_plan(args: argparse.Namespace) -> ReleasePlan:
 
 
 def push_revisions(args: argparse.Namespace) -> dict[str, Any]:
-    """Push all revisions that the index names, also those of deleted checkpoints."""
+    """Push all revisions in OUT/release.json, also those of deleted checkpoints. Return url, uploaded and kept."""
     from megatron_ettin.release.hub import push
 
     index = json.loads((args.out / "release.json").read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def push_revisions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_result(answer: dict[str, Any], as_json: bool) -> None:
-    """Print what was made, what was there, and what was pushed."""
+    """Print the revisions that were made, existed before, failed and were pushed."""
     if as_json:
         print(json.dumps(answer, indent=1))
         return

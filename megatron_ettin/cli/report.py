@@ -40,20 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def port(text: str) -> int:
-    """Return a port number. Raises argparse's error, which explains a run written after --watch."""
+    """Return a port number. Raises ArgumentTypeError, whose message covers a run written after --watch."""
     if not text.isdigit() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535; runs stand before --watch")
     return int(text)
 
 
 def check_page(out: Path) -> None:
-    """Raise UserError where the page's name is not that of an HTML file."""
+    """Raise UserError if the page's name does not end in .html or .htm."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: a page is written, so its name must end in .html")
 
 
 def write_pages(pages: Iterable[tuple[str, Path, bytes]]) -> list[Path]:
-    """Write files, each named with the option that asks for it, and return their paths. Raises UserError."""
+    """Write (option, path, content) files and return their paths. Raises UserError, which names the option."""
     from megatron_ettin.report import document
 
     written = []
@@ -67,7 +67,7 @@ def write_pages(pages: Iterable[tuple[str, Path, bytes]]) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and its figures, or serve it, and print what was written."""
+    """Write the page and its figures and print their paths, or serve the page; return 0."""
     from megatron_ettin.report import document, plots
 
     for folder in args.release:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(report: Report, written: Sequence[Path], as_json: bool) -> None:
-    """Print what was written."""
+    """Print the models of the page and the written files. The first path is the page, the others are figures."""
     page, *figures = written
     if not as_json:
         print(f"{report.verdict}: " * (report.verdict is not None) + " / ".join(model.name for model in report.models))
@@ -113,14 +113,14 @@ def show(report: Report, written: Sequence[Path], as_json: bool) -> None:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C. Raises UserError."""
+    """Serve the page until Ctrl-C and return 0. Raises UserError."""
     from megatron_ettin.report import document
 
     for option in ("out", "png", "svg"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option}: nothing is written with --watch; run the command again without it")
     source = document.ReportSource(lambda: document.make(args.runs, args.title, args.release))
-    # raises what is wrong with the runs before the server starts
+    # reports mistakes in the runs before the server starts
     source.newest()
     served = document.server(source, args.watch)
     print(f"http://{document.HOST}:{served.server_address[1]}/ until Ctrl-C", flush=True)

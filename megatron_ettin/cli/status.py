@@ -29,7 +29,7 @@ COLUMNS = (
     *("run", "model", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts"),
     "slowest",
 )
-# a longer silence is shown
+# `queue_state` reports a job that has been silent for longer
 SILENT_SECONDS = 60.0
 
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the rows, again and again with --watch."""
+    """Print the rows once and return 0, or every --every seconds with --watch."""
     if args.watch and args.json:
         raise UserError("--json: cannot be combined with --watch; repeat the command instead")
     if not args.watch:
@@ -65,7 +65,11 @@ Row = tuple["RunState", "QueuedJob | None"]
 
 
 def rows(what: str | None) -> list[Row]:
-    """Return runs with their jobs. Raises UserError where there are none."""
+    """Return runs with their jobs. Raises UserError if there are none.
+
+    Args:
+        what: the number of a job or an array, or the folder of a run or of runs; None for all jobs of the user.
+    """
     from megatron_ettin.launch.run_state import own_jobs, query_jobs
 
     if what is None:
@@ -87,7 +91,7 @@ def rows(what: str | None) -> list[Row]:
 
 
 def rows_below(folder: Path) -> list[Row]:
-    """Return all runs in a folder, with those that were submitted and have not begun."""
+    """Return all runs in a folder with their jobs, also submitted runs that have not begun. Raises UserError."""
     from megatron_ettin.launch.run_state import covers, query_jobs, read_events, run_state, runs_below, runs_of_event
 
     submitted = [Path(run) for event in read_events(folder / "slurm") for run in runs_of_event(event)]
@@ -101,7 +105,7 @@ def rows_below(folder: Path) -> list[Row]:
 
 
 def runs_of(job: QueuedJob) -> list[Row]:
-    """Return the runs of a job."""
+    """Return the runs of a job, from its submission's record; empty if `ettin launch` did not submit it."""
     from megatron_ettin.launch.run_state import covers, read_events, run_state, runs_of_event
 
     if job.log is None or job.log.parent.name != "slurm":
@@ -129,7 +133,7 @@ def show(shown: list[Row], as_json: bool) -> None:
 
 
 def as_object(state: RunState, job: QueuedJob | None) -> dict[str, Any]:
-    """Return the keys that scripts read."""
+    """Return the object that `--json` prints for a run and its job."""
     record = dataclasses.asdict(state) | {"run": str(state.run), "fraction": state.fraction}
     queue_fields = {name: getattr(job, name) if job else None for name in ("state", "reason", "nodes")}
     return record | queue_fields
@@ -170,7 +174,7 @@ def cells(state: RunState, job: QueuedJob | None) -> tuple[str, ...]:
 
 
 def relative(path: Path) -> str:
-    """Return the path relative to the current folder where it is below it, so that the table fits a terminal."""
+    """Return the path, relative to the current folder if it is below it, so that the table fits a terminal."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -180,7 +184,7 @@ def slowest(state: RunState) -> str:
 
 
 def queue_state(state: RunState, job: QueuedJob | None) -> str:
-    """Return the job's state in the queue, and the run's phase where that is not a step."""
+    """Return the job's state in the queue, with the run's activity if that is not a step, and any long silence."""
     if job is None:
         return "done" if state.last_event == "done" or state.fraction == 1.0 else "not queued"
     if job.state == "PENDING":

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def explain(phase: PlannedPhase, args: argparse.Namespace) -> str:
-    """Return what `--explain` prints about a phase."""
+    """Return the text, or with --json the JSON, that `--explain` prints about a phase."""
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import Start, origins
 
@@ -64,7 +64,11 @@ def explain(phase: PlannedPhase, args: argparse.Namespace) -> str:
 
 
 def complete(args: argparse.Namespace, is_main_process: bool) -> None:
-    """Fill in what an original trainer's file sets and what follows from other options. Raises UserError."""
+    """Set size, objective, phase, overrides and run_dir in `args` from the user config and other options.
+
+    Raises:
+        UserError: for an option that is missing or does not fit another.
+    """
     from megatron_ettin.config.overrides import read_user_config, run_names
 
     user_config = read_user_config(args.config) if args.config else None
@@ -94,7 +98,7 @@ def log_remarks(phases: list[PlannedPhase], allowed: Sequence[str] = ()) -> None
     from megatron_ettin.config.recipe import recipe
     from megatron_ettin.config.resolve import inherited_lines
 
-    # later phases begin from earlier ones, members of a sweep all from the same
+    # only the first phase: later phases begin from earlier ones, and members of a sweep begin from the same weights
     first = phases[0]
     run = first.config.run
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
@@ -106,7 +110,10 @@ def log_remarks(phases: list[PlannedPhase], allowed: Sequence[str] = ()) -> None
 
 
 def unused_overrides(phase: PlannedPhase) -> tuple[str, ...]:
-    """Return a line for each override that this run does not read; files are left out: they serve both halves."""
+    """Return a line for each override that this run does not read.
+
+    Keys of a user config are not reported, because one file serves the encoder and the decoder of a pair.
+    """
     from megatron_ettin.config.explain import ignored_lines
     from megatron_ettin.config.overrides import given_by_user
 
@@ -114,7 +121,7 @@ def unused_overrides(phase: PlannedPhase) -> tuple[str, ...]:
 
 
 def remarks(phase: PlannedPhase) -> list[str]:
-    """Return a line for each thing about the run that its user may not have meant."""
+    """Return lines on unusual row lengths and rates, a fitted schedule, and memory, which the user may not expect."""
     from megatron_ettin.config.recipe import recipe
     from megatron_ettin.config.resolve import rate_line, rows_line
     from megatron_ettin.plan.dry_run import memory_line
@@ -155,11 +162,11 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         runs, is_sweep = train_runs(args, phases, is_main_process, json_stream), bool(args.sweep)
         try:
-            # a sweep that is done is summarised on any host
+            # if all runs of the sweep are done, no jobs are left, and the sweep is only summarised
             jobs = prepare_jobs(runs, is_sweep)
             unfinished = bool(jobs) and Trainer(jobs, is_sweep).run()
         except TrainingStoppedError as stopped:
-            # the same rows and weights would end the same way; a disk that is full may not be tomorrow
+            # a restart cannot help: the same rows and weights would stop again; a full disk, in contrast, may be mended
             record_failure(stopped, "error" if isinstance(stopped, SaveFailedError) else "stopped")
             log_warning(f"ettin train: {stopped}")
             return EXIT_FAILURE
@@ -174,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
 def train_runs(
     args: argparse.Namespace, phases: Sequence[PlannedPhase], is_main_process: bool, json_stream: TextIO | None
 ) -> list[tuple[Config, TrainArgs]]:
-    """Return the configuration and arguments of each run; weights of a Hugging Face folder are imported first."""
+    """Return the configuration and arguments of each run. Weights of a Hugging Face folder are imported first."""
     from megatron_ettin.train.job import TrainArgs
 
     weights = args.init_from
