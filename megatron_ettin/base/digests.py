@@ -57,12 +57,12 @@ def sha256(path: Path, first: int = 0, size: int | None = None) -> str:
     """Return the hex digest of a file, or of `size` bytes of it starting at `first`."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        left = os.fstat(file.fileno()).st_size - first if size is None else size
-        memory = memoryview(bytearray(min(max(left, 1), _READ_BYTES)))
+        remaining = os.fstat(file.fileno()).st_size - first if size is None else size
+        memory = memoryview(bytearray(min(max(remaining, 1), _READ_BYTES)))
         file.seek(first)
-        while left > 0 and (read := file.readinto(memory[: min(left, len(memory))])):
+        while remaining > 0 and (read := file.readinto(memory[: min(remaining, len(memory))])):
             digest.update(memory[:read])
-            left -= read
+            remaining -= read
     return digest.hexdigest()
 
 
@@ -91,7 +91,8 @@ def blocks_of(name: str, entry: Entry) -> list[Block]:
         raise ValueError(f"{name!r} has not a digest for each block of its {size} bytes")
     firsts = range(0, size, step)
     return [
-        Block(name, first, min(step, size - first), one + "", False) for first, one in zip(firsts, listed, strict=True)
+        Block(name, first, min(step, size - first), digest + "", False)
+        for first, digest in zip(firsts, listed, strict=True)
     ]
 
 

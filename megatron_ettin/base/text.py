@@ -26,7 +26,7 @@ def printable(text: object, keep: str = "") -> str:
     shown = str(text)
     if shown.isprintable():
         return shown
-    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in shown)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in shown)
 
 
 def printable_json(content: Any) -> str:

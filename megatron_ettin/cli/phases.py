@@ -93,13 +93,16 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
         check_weights(args)
     planned: list[PlannedPhase] = []
     for phase in CHAIN if args.phase == "all" else [args.phase]:
-        own = run_dir / phase if args.phase == "all" else run_dir
-        begun = RunDirectory(own).recorded_config
-        kept = inherited(dataclasses.asdict(planned[-1].config)) if planned else model_of_weights(own, args.init_from)
+        phase_dir = run_dir / phase if args.phase == "all" else run_dir
+        begun = RunDirectory(phase_dir).recorded_config
+        if planned:
+            kept = inherited(dataclasses.asdict(planned[-1].config))
+        else:
+            kept = model_of_weights(phase_dir, args.init_from)
         config = parse(args.size, args.objective, phase, args.config, overrides, Start(kept, begun))
         source = planned[-1].run_dir if planned else args.init_from
         given = given_by_user(args.config, overrides, phase)
-        planned.append(PlannedPhase(config, own, source, kept, overrides, begun, given))
+        planned.append(PlannedPhase(config, phase_dir, source, kept, overrides, begun, given))
     return planned
 
 

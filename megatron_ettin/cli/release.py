@@ -104,8 +104,8 @@ def make_plan(args: argparse.Namespace) -> ReleasePlan:
     exported = OBJECTIVES[chain.objective].exports[0]
     name = args.name or f"{chain.runs[-1].model_name}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = ReleaseOptions(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
-    again = (args.workers, args.recheck, args.replace)
-    return ReleasePlan(chain, args.out, options, logits_of, overview_of_chain, args.order, *again, args.push)
+    settings = (args.order, args.workers, args.recheck, args.replace, args.push)
+    return ReleasePlan(chain, args.out, options, logits_of, overview_of_chain, *settings)
 
 
 def push_revisions(args: argparse.Namespace) -> dict[str, Any]:

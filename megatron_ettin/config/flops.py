@@ -119,9 +119,9 @@ def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     # best[n]: (most expensive part, sum of squares, lengths) of the first n layers in `stage` parts
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(1, stages + 1):
-        left = stages - stage
+        stages_after = stages - stage
         longer = {}
-        for n in range(stage, len(costs) - left + 1):
+        for n in range(stage, len(costs) - stages_after + 1):
             options = []
             for before, (highest, squares, lengths) in best.items():
                 if before < n:
