@@ -151,7 +151,7 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint: its tensors, unsharded whatever layout wrote them, and its configuration."""
+    """A checkpoint: its configuration, and its tensors, which are read unsharded."""
 
     path: Path
     """The checkpoint's folder."""
@@ -316,8 +316,8 @@ def compare(*runs: AnyPath) -> Comparison:
         runs: run directories; the phases of one model follow each other.
 
     Returns:
-        `verdict` (PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL) and `checks`, of which `failed` lists those that
-        did not pass.
+        `verdict` (PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL), `checks`, and `failed`: the checks that did not
+        pass.
 
     Raises:
         UserError: for a folder that is not a run.

@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: the thing, what was found, what is allowed."""
+    """A mistake the user can mend. The message is one line: the key or file, the value found, the values allowed."""
 
     def __init__(self, message: object = "") -> None:
         """Escape line ends, which names from files may hold, so that the message stays one line."""

@@ -229,7 +229,7 @@ def _losing(stream: TextIO) -> Iterator[None]:
 
 
 def _report(number: int, error: OSError | ValueError) -> None:
-    """Report on the other standard stream that the one with this file number fails."""
+    """Report a failure of standard output (file number 1) on standard error, or the reverse."""
     other = sys.stderr if number == OUTPUT else sys.stdout
     if number not in NAMES or _number(other) in (number, -1):
         return

@@ -108,7 +108,7 @@ def print_scaling(
     Args:
         args: the options.
         config: the run.
-        model: model of the time of a step.
+        model: predicts the time of a step.
         given: keys that the user sets.
         answer: the fields that come first in the output of `--json`.
     """

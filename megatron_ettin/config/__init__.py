@@ -1,1 +1,1 @@
-"""Floor 1: the description of a run, as plain values. No torch here."""
+"""Floor 1: the description of a run, as plain values. No module imports torch."""

@@ -104,8 +104,8 @@ def layer_operations(config: Config) -> list[float]:
 def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
     """Split `costs` into `stages` contiguous parts, and return their lengths.
 
-    No part is empty, and the most expensive one is as cheap as possible. Of equal splits the one with the least sum of
-    squares is taken.
+    No part is empty, and the most expensive one is as cheap as possible. Among equal splits, the one with the
+    least sum of squares is returned.
     """
     return list(_split_evenly(tuple(costs), stages))
 

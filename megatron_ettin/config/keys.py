@@ -18,7 +18,7 @@ METADATA = "key"
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """Meaning and allowed values of a configuration key. None is always allowed where the type allows it."""
+    """Meaning and allowed values of a configuration key. None is always allowed if the type is optional."""
 
     doc: str
     unit: str = ""

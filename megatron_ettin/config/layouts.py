@@ -272,8 +272,8 @@ def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
 class RowSplit:
     """Rows of one step, spread evenly over `dp` ranks that run `count` micro-batches of `size` row slots each.
 
-    Every rank gets floor(rows / dp) rows or one more, and every one of its micro-batches an equal part of them, rounded
-    down or up. All micro-batches of a step have the same size, which pipeline stages need; a slot without a row is
+    Every rank gets floor(rows / dp) rows, or one more, and divides them equally, rounded down or up, among its
+    micro-batches. All micro-batches of a step have the same size, which pipeline stages need; a slot without a row is
     empty. If everything divides, micro-batch `index` of all ranks together holds consecutive rows.
     """
 

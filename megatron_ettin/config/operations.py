@@ -192,5 +192,5 @@ class ProfileConfig:
 
     @property
     def step_range(self) -> range:
-        """Return the steps to trace, counted from 1; empty where none are."""
+        """Return the steps to trace, counted from 1; empty if none are."""
         return range(*self.steps) if self.steps else range(0)

@@ -1,9 +1,9 @@
 """List the recipe: the published run of each size, objective and phase, and the original trainer's choices.
 
-Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so: `rows` and
-`seq_len` of packed batching keep the published tokens per step (4,608 sequences of about 615 tokens, 2.84M).
-`local_rope_theta` is the same for both objectives of a pair; ORIGINAL_LOCAL_THETA has the published values. The
-1b ran a third of the published tokens in every phase but pretrain, whose configuration still has 1.7T.
+Numbers are those of the 48 published configurations, with two differences. Packed batching has other rows than the
+published padded batching, for the same tokens per step (pretrain: 4,608 sequences of about 615 tokens, 2.84M).
+`local_rope_theta` is the same for both objectives of a pair; ORIGINAL_LOCAL_THETA has the published values. The 1b has
+a third of the other sizes' tokens in every phase but pretrain, whose configuration has 1.7T too.
 """
 
 from __future__ import annotations

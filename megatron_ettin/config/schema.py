@@ -277,7 +277,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Device and kernels of a run: how it computes, never what."""
+    """Device and kernels of a run. They do not decide what is learned."""
 
     device: str = key("Device to train on.", "auto", choices=("auto", "cpu", "gpu"))
     deterministic: bool = key("Use only kernels that compute the same bits each time.", False)
