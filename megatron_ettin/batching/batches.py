@@ -26,22 +26,22 @@ from megatron_ettin.platform.device import to_device
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass on this rank's device: this rank's slices of them."""
+    """Inputs and labels of one forward pass on this rank's device. A context-parallel rank has a slice of each row."""
 
     input_ids: torch.Tensor
-    """Token ids [rows, row tokens / cp]; [1, tokens / cp] of rows laid end to end."""
+    """Token ids [rows, row tokens / cp]; [1, tokens / cp] if rows are laid end to end."""
     labels: torch.Tensor
     """Token ids to predict [n]."""
     label_positions: torch.Tensor
     """Flat positions of the labels in `input_ids` [n]."""
     causal_labels: int
-    """Number of labels in causal rows, which come first."""
+    """Number of labels in causal rows; these labels come first."""
     packed: PackedRows
     """Boundaries of the chunks."""
     tokens: int
-    """Number of tokens without padding."""
+    """Number of tokens of the whole rows, not only of this rank's slices, without padding."""
     pairs: tuple[int, int]
-    """Number of attended (query, key) pairs of one global and of one local layer."""
+    """Number of attended (query, key) pairs of the whole rows: in one global layer, in one local layer."""
 
 
 @dataclass
@@ -59,12 +59,12 @@ class Batches:
 
     @classmethod
     def of(cls, config: Config, corpus: BlendedDataset, layout: Layout, device: torch.device) -> Batches:
-        """Return a run's micro-batches for one rank. Raises UserError where the vocabularies differ."""
+        """Return the micro-batches for one rank. Raises UserError if model and dataset differ in vocabulary size."""
         return cls(config, HostBatches.of(config, corpus, layout.topology, layout.dp_rank, layout.cp_rank), device)
 
     @property
     def corpus(self) -> BlendedDataset:
-        """Return the rows of the run."""
+        """Return the dataset that has the rows of the run."""
         return self.host.corpus
 
     @property
@@ -103,7 +103,7 @@ class Batches:
         return (self.on_device(self.host.make(step, index), key) for index in range(count))
 
     def on_device(self, batch: HostBatch, dropout_key: int = 0) -> MicroBatch:
-        """Copy a micro-batch to the device, without waiting for it."""
+        """Start to copy a micro-batch to the device. `dropout_key` is the `step_key` of its step."""
         input_ids, labels, label_positions = (
             to_device(torch.as_tensor(array), self.device)
             for array in (batch.input_ids, batch.labels, batch.label_positions)

@@ -47,22 +47,22 @@ def row_tokens(config: Config, topology: Topology) -> int:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Rows of one forward pass in host memory: this rank's slices of them, ready to be copied to its device."""
+    """Inputs and labels of one forward pass in host memory, ready to be copied to the device as a `MicroBatch`."""
 
     input_ids: HostArray
-    """Token ids [rows, row tokens / cp]; [1, tokens / cp] of rows laid end to end."""
+    """Token ids [rows, row tokens / cp]; [1, tokens / cp] if rows are laid end to end."""
     labels: HostArray
     """Token ids to predict [n]."""
     label_positions: HostArray
     """Flat positions of the labels in `input_ids` [n]."""
     causal_labels: int
-    """Number of labels in causal rows, which come first."""
+    """Number of labels in causal rows; these labels come first."""
     boundaries: ChunkBoundaries
     """Boundaries of the chunks."""
     tokens: int
-    """Number of tokens without padding."""
+    """Number of tokens of the whole rows, not only of this rank's slices, without padding."""
     pairs: tuple[int, int]
-    """Number of attended (query, key) pairs of one global and of one local layer."""
+    """Number of attended (query, key) pairs of the whole rows: in one global layer, in one local layer."""
 
     def pin_memory(self) -> HostBatch:
         """Return a copy in page-locked memory. The pinning thread of torch's DataLoader calls this method."""
@@ -78,11 +78,11 @@ class HostBatches:
     sizes: BatchSizes
     """Number of rows of each step."""
     collator: MaskingCollator
-    """Makes inputs and labels of a row."""
+    """Maker of a row's inputs and labels."""
     objectives: ObjectiveMix
     """Row objective of each slot."""
     windows: Mapping[bool, int]
-    """Attention window of a local layer: in causal rows (True) and in others (False)."""
+    """Attention window of a local layer in tokens: in causal rows (True) and in others (False)."""
     row_tokens: int
     """Tokens of a row on the device, padding included."""
     micro_batch_rows: int
@@ -106,7 +106,7 @@ class HostBatches:
     def of(
         cls, config: Config, corpus: BlendedDataset, topology: Topology, dp_rank: int = 0, cp_rank: int = 0
     ) -> HostBatches:
-        """Return the maker of a run's micro-batches for one rank. Raises UserError where the vocabularies differ."""
+        """Return the maker for one rank. Raises UserError if model and dataset differ in vocabulary size."""
         fixed = has_fixed_shapes(config)
         flat = config.data.batching == "padded" and not fixed
         return cls(
@@ -135,7 +135,7 @@ class HostBatches:
         return self.split(self.sizes.size_at(step)).count
 
     def make(self, step: int, index: int) -> HostBatch:
-        """Make this rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
+        """Make this rank's micro-batch `index` of `step`. Raises RankError if the data cannot be read."""
         first, end = self.sizes.span(step)
         split = self.split(end - first)
         slots, rows = self.share(split, index, first)
@@ -153,7 +153,10 @@ class HostBatches:
         return self.lay_out(rows, range(len(rows)), len(rows) if causal else 0, min_tokens)
 
     def longest(self, split: RowSplit, indices: Iterable[int], first: int = 0) -> int:
-        """Return the largest number of tokens without padding in one of this rank's micro-batches `indices`."""
+        """Return the largest number of tokens without padding in one of this rank's micro-batches `indices`.
+
+        `first` is the row index of the step's first row.
+        """
         longest = 0
         for index in indices:
             order_indices = self.corpus.order_indices([first + slot for slot in split.slots(self.dp_rank, index)])
@@ -176,7 +179,7 @@ class HostBatches:
         return range(slots.start, slots.start + split.size), [*rows, *[None] * (split.size - len(rows))]
 
     def rows(self, row_indices: Sequence[int]) -> list[Row]:
-        """Read rows of the run by their row indices. Raises RankError where the data cannot be read."""
+        """Read rows of the run by their row indices. Raises RankError if the data cannot be read."""
         order_indices = self.corpus.order_indices(row_indices).tolist()
         try:
             rows = self.corpus.rows(order_indices) if order_indices else []
@@ -198,10 +201,10 @@ class HostBatches:
         """Mask and label rows, and lay them out in the arrays of one micro-batch.
 
         Args:
-            rows: the rows; None stands for an empty one.
+            rows: the rows; None for an empty slot.
             slots: slot of each row within the step.
             causal_slots: number of causal slots, which come first in the step.
-            min_tokens: least number of tokens, padding included, of rows that are laid end to end.
+            min_tokens: least number of tokens, padding included, if rows are laid end to end.
         """
         lengths: list[list[int]] = [row.lengths.tolist() if row is not None else [] for row in rows]
         causal_rows = sum(slot < causal_slots for slot in slots)

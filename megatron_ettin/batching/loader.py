@@ -29,7 +29,7 @@ LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGU
 class MicroBatchDataset(TorchDataset["HostBatch | str"]):
     """Map-style dataset of `HostBatches`: an item for every (step, index).
 
-    An item is the message if a UserError was raised, because torch would wrap the error in a traceback.
+    If making it raises UserError, the item is the error's message, because torch would wrap the error in a traceback.
     """
 
     def __init__(self, batches: HostBatches) -> None:
@@ -71,7 +71,7 @@ def load_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pinned,
-        # or torch would draw from the run's generator
+        # without one, torch would draw the workers' seed from the global generator, which the run uses
         generator=torch.Generator(),
         **options,
     )
@@ -85,7 +85,7 @@ def load_batches(
 
 
 def checked(items: Iterator[HostBatch | str]) -> Iterator[HostBatch]:
-    """Yield the micro-batches that workers made. Raises RankError with a worker's error, or where one was lost."""
+    """Yield the micro-batches among `items`. Raises RankError for an item that is a message, or if a worker died."""
     try:
         for item in items:
             if isinstance(item, str):
@@ -106,13 +106,13 @@ def worker_count(wanted: int | None, is_gpu: bool) -> int:
 
 
 def start_worker(worker: int) -> None:
-    """Make a worker process end with its parent and leave signals to it."""
+    """Make this worker process exit when its parent does, and ignore Ctrl-C. DataLoader passes the worker's number."""
     serve_parent()
 
 
 @contextlib.contextmanager
 def signals_blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Block signals, so that processes started within leave them to this one.
+    """Block signals during the block. Processes that it starts keep them blocked, so only this process acts on them.
 
     A scheduler sends its warning to every process of a job. The run then finishes its step, for which it still needs
     its workers and their fork server.

@@ -60,7 +60,7 @@ class MaskingCollator:
             tokens: token ids [n] of whole chunks.
             lengths: lengths of the chunks.
             order_index: order index of the row, on which the masks depend.
-            objective: one of `row_objectives`, needed where there are several.
+            objective: one of `row_objectives`; None if there is only one.
         """
         if objective is None:
             (objective,) = self.row_objectives
@@ -77,7 +77,10 @@ class MaskingCollator:
     def _mask(
         self, tokens: IntArray, order_index: int, unmaskable: IntArray | None = None
     ) -> tuple[IntArray, IntArray]:
-        """Return masked inputs, and labels with the original tokens there; positions in `unmaskable` are not masked."""
+        """Return masked inputs [n], and labels [n]: the original token at a chosen position, -100 at the others.
+
+        Positions in `unmaskable` are never chosen.
+        """
         row_key = mix64(np.array([order_index], dtype=np.uint64) ^ np.uint64(self.seed_key))
         draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
         chosen = _uniform(draw) < self.probability
@@ -123,7 +126,7 @@ def make_collator(objective: str, corpus: BlendedDataset, probability: float, se
 
 
 def dataset_collator(config: Config, corpus: BlendedDataset) -> MaskingCollator:
-    """Return the collator of a run on this dataset. Raises UserError if the vocabularies differ."""
+    """Return the collator of a run on this dataset. Raises UserError if it does not fit the model or objective."""
     corpus.check_vocabulary(config.model.vocab_size)
     return make_collator(config.run.objective, corpus, config.data.mlm_probability, config.run.seed, config.run.phase)
 
@@ -133,7 +136,7 @@ class ObjectiveMix:
     """Row objectives of the rows of any step."""
 
     row_objectives: tuple[str, ...]
-    """One row objective for all rows; under a hybrid objective that of the causal rows, then that of the others."""
+    """The row objective of all rows; under a hybrid objective, the causal rows' objective, then the others'."""
     clm_fraction_schedule: Points = ()
     """Share of causal rows of a hybrid objective, as a function of the nominal tokens of the run so far."""
     seed: int = 0

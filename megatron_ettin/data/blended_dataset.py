@@ -4,8 +4,8 @@ The order is a `ShuffledSampler` over a mixture, which is a pure function, or a 
 (`data.order=FILE`), which is compiled once and memory-mapped. Nothing depends on the number of ranks, and a resume
 needs no state but the step. An encoder and a decoder with one fingerprint read the same rows.
 
-Two indices name a row. `order_index` counts the rows of the data order. `row_index` counts the rows of the run: those
-that `data.skip` leaves out have none. The two are equal where nothing is left out.
+Two indices name a row. `order_index` counts the rows of the data order. `row_index` counts the rows of the run, without
+those that `data.skip` leaves out. The two are equal if nothing is left out.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Row:
     """Tokens of one training row, with the chunks that they come from."""
 
     tokens: npt.NDArray[np.integer]
-    """Real tokens, chunk after chunk; at most seq_len."""
+    """Token ids without padding, chunk after chunk; at most seq_len."""
     lengths: Int64Array
-    """Tokens of each chunk."""
+    """Number of tokens of each chunk."""
     source: int
     """Index of the row's dataset in the mixture."""
     row: int
@@ -62,7 +62,7 @@ class LocatedRows:
     row: Int64Array
     """Number [n] of each row in its dataset's packing index."""
     counts: Int64Array
-    """Chunks [n] of each row."""
+    """Number of chunks of each row [n]."""
     chunks: Int64Array
     """Chunk numbers [m] within the row's dataset, row after row."""
 
@@ -76,9 +76,9 @@ class BlendedDataset:
     packing_indices: list[PackingIndex]
     """Packing index of each dataset; empty under a recorded order, which lists chunks itself."""
     order: ShuffledSampler | RecordedSampler
-    """The sampler."""
+    """Sampler that maps order indices to rows."""
     nominal_tokens: float | None = None
-    """Mean number of tokens of a row for planning; None takes that of the data."""
+    """Mean number of tokens of a row to plan with; None uses the mean of the data."""
     skips: Skips = ()
     """Ranges [first, end) of order indices that are skipped."""
 
@@ -113,7 +113,7 @@ class BlendedDataset:
         return type(self), (self.datasets, self.packing_indices, self.order, self.nominal_tokens, self.skips)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError where a model of `vocab_size` tokens does not fit the datasets' tokenizer."""
+        """Raise UserError if `vocab_size`, the model's, differs from that of the datasets' tokenizer."""
         if self.vocab_size != vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but the dataset's tokenizer has {self.vocab_size} entries;"
@@ -122,7 +122,7 @@ class BlendedDataset:
 
     @property
     def row_limit(self) -> int | None:
-        """Number of rows a run has under a recorded order; None where there is no last row."""
+        """Number of rows that a run can read from a recorded order; None for a shuffled order, which has no end."""
         if not isinstance(self.order, RecordedSampler):
             return None
         left_out = sum(min(end, self.order.num_rows) - min(first, self.order.num_rows) for first, end in self.skips)
@@ -133,25 +133,28 @@ class BlendedDataset:
         return order_indices(row_indices, self.skips)
 
     def order_span(self, first: int, end: int) -> tuple[int, int]:
-        """Return the run's rows [first, end) as a range of order indices, with the rows left out between them."""
+        """Return the range [begin, end) of order indices that covers the run's rows [first, end).
+
+        It includes the rows between them that `data.skip` leaves out.
+        """
         begin, last = self.order_indices([first, max(first, end - 1)]).tolist()
         return begin, last + (end > first)
 
     @property
     def skipped_samples(self) -> int:
-        """Samples of a recorded order that are left out because no dataset has them."""
+        """Number of samples of a recorded order that are left out because no dataset has them."""
         return self.order.record.skipped_samples if isinstance(self.order, RecordedSampler) else 0
 
     def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """Return (source, row, epoch) of each order index."""
+        """Return (index of the dataset, row in its packing index, epoch) of each order index."""
         return self.order.locate(order_indices)
 
     def row(self, order_index: int) -> Row:
-        """Read one row."""
+        """Read the row at an order index."""
         return self.rows([order_index])[0]
 
     def rows(self, order_indices: Sequence[int] | Int64Array) -> list[Row]:
-        """Read several rows with one look-up for all."""
+        """Read the rows at several order indices, with one look-up for all."""
         located = self.locate_rows(order_indices)
         chunks = np.split(located.chunks, np.cumsum(located.counts)[:-1]) if len(located.counts) else []
         columns = zip(located.source.tolist(), located.row.tolist(), chunks, map(int, order_indices), strict=True)
@@ -175,7 +178,7 @@ class BlendedDataset:
         return LocatedRows(source, row, counts, chunks)
 
     def chunk_lengths(self, located: LocatedRows) -> Int64Array:
-        """Return the tokens [m] that each chunk has in its row; `padded` cuts a chunk to the length of the row."""
+        """Return the number of tokens of each chunk [m] in its row. `padded` batching cuts a chunk to `seq_len`."""
         source = np.repeat(located.source, located.counts)
         lengths = np.empty(source.shape, np.int64)
         for s in np.unique(source).tolist():
@@ -183,7 +186,7 @@ class BlendedDataset:
         return np.minimum(lengths, self.seq_len)
 
     def token_counts(self, order_indices: npt.ArrayLike) -> Int64Array:
-        """Return the real tokens of each row, without reading the rows."""
+        """Return the number of tokens of each row without padding. The rows are not read."""
         if isinstance(self.order, RecordedSampler):
             return self.order.token_counts(order_indices)
         source, row, _ = self.locate(order_indices)
@@ -211,7 +214,7 @@ class BlendedDataset:
     def _read(self, source: int, row: int, chunks: Int64Array, order_index: int) -> Row:
         dataset = self.datasets[source]
         parts = [dataset.chunk(chunk) for chunk in chunks.tolist()]
-        # padded batching only: cut the chunk, but let the row end as the chunk would have
+        # padded batching only: cut a chunk that is too long, but keep its final [SEP]
         if len(parts[0]) > self.seq_len:
             ends_in_sep = parts[0][-1] == dataset.manifest.tokenizer.sep_id
             kept = self.seq_len - 1 if ends_in_sep else self.seq_len
@@ -231,7 +234,7 @@ def order_indices(row_indices: npt.ArrayLike, skips: Skips) -> Int64Array:
 def open_blended_dataset(
     mixture: Sequence[MixtureEntry], seq_len: int, batching: str, seed: int, phase: str
 ) -> BlendedDataset:
-    """Open a mixture (`parse_mixture`) in shuffled order. Packing indices that are not there are built."""
+    """Open a mixture (`parse_mixture`) in shuffled order. Missing packing indices are built."""
     datasets = open_datasets(mixture)
     indices = [PackingIndex.build_or_open(dataset, seq_len, batching) for dataset in datasets]
     rows = [index.num_rows for index in indices]
@@ -240,7 +243,7 @@ def open_blended_dataset(
 
 
 def open_run_dataset(config: Config) -> BlendedDataset:
-    """Open what a run reads: its mixture in shuffled order, or in the order of `data.order`. Raises UserError."""
+    """Open the rows of a run: its mixture in shuffled order, or in the order of `data.order`. Raises UserError."""
     data = resolve_mixture(config.data)
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
     if data.order == "keyed":
@@ -253,7 +256,7 @@ def open_run_dataset(config: Config) -> BlendedDataset:
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
-    """Open the datasets of a mixture. Raises UserError where they differ in their tokenizer."""
+    """Open the datasets of a mixture. Raises UserError if their tokenizers differ."""
     if not mixture:
         raise UserError(f"data.mixture: empty; give {FORMS}")
     datasets = [open_dataset(entry.path) for entry in mixture]
@@ -273,14 +276,14 @@ CHUNKS_AT_ONCE = 1 << 16
 
 
 def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str) -> dict[str, BlendedDataset]:
-    """Open a dataset for evaluation, in rows that hold chunks of one INPUT each, so that a loss by source is exact.
+    """Open a dataset for evaluation, with rows that hold chunks of one INPUT each, so that a loss by source is exact.
 
-    A training row mixes the INPUTs of `ettin prepare`; here the chunks of each are packed apart, in memory and on every
-    process alike. It is meant for held-out sets: 24 bytes a chunk, and a document looked up for each.
+    Rows for training mix the INPUTs of `ettin prepare`. This function packs the chunks of each INPUT separately, in
+    memory and in every process. It is meant for held-out sets: it takes 24 bytes a chunk and looks up each document.
 
     Returns:
-        For each INPUT, by its name, its rows in a shuffled order of their own. A dataset of one INPUT, or of more than
-        MAX_CHUNKS_BY_SOURCE chunks, is one entry: its ordinary rows under the name "".
+        INPUT -> its rows in shuffled order. A dataset with one INPUT, or with more than MAX_CHUNKS_BY_SOURCE chunks,
+        has one entry: "" -> its ordinary rows.
 
     Raises:
         UserError: the dataset cannot be read, or rows of `seq_len` cannot hold its chunks.
@@ -297,9 +300,9 @@ def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str
 
 
 def chunks_by_source(dataset: Dataset) -> dict[str, Int64Array]:
-    """Return the chunks of each INPUT that has any, in the manifest's order.
+    """Return INPUT -> its chunk numbers, in the manifest's order, without INPUTs that have none.
 
-    The file of a document begins with the name of its INPUT.
+    A document's file is named "INPUT/path". Chunks of files with another name come last, under "(other)".
     """
     number = {source.name: i for i, source in enumerate(dataset.manifest.sources)}
     source_of = np.empty(dataset.num_chunks, np.int32)
@@ -313,7 +316,7 @@ def chunks_by_source(dataset: Dataset) -> dict[str, Int64Array]:
 
 
 def pack_source(dataset: Dataset, name: str, chunks: Int64Array, seq_len: int, batching: str) -> PackingIndex:
-    """Return a packing index in memory over some of a dataset's chunks."""
+    """Return a packing index in memory over the given chunks of a dataset; `name` becomes part of its fingerprint."""
     lengths = np.minimum(dataset.lengths_of(chunks), seq_len)
     if batching == "padded":
         order, counts = np.arange(len(chunks)), np.ones(len(chunks), np.int64)

@@ -1,7 +1,7 @@
 """Open a prepared dataset and read its chunks, memory-mapped, by one global number over all shards.
 
-Opening costs one stat per file and no reads: sizes are checked, contents only by `verify`. Shards are mapped when first
-touched and the least recently used are closed again. Memory is O(shards), whatever the number of chunks.
+Opening reads the manifest and checks the size of each file; `verify` checks the contents. Shards are mapped when they
+are first read, and the least recently used are closed. Memory is O(shards), whatever the number of chunks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_ettin.data.indexed import MappedShard, index_file_bytes, map_npy, 
 from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_size, read_manifest, shard_file
 from megatron_ettin.data.verify import dataset_files, verify_files
 
-# the limit on open files that is requested: a fourth of the maps that a process may have by Linux's default
+# limit on open files to request: a fourth of the memory maps that Linux allows a process by default
 MAX_FILES = 16_384
-# share of the limit for one cache entry, which holds two files at most: the rest is for the other users of the process
+# open files per cache entry: an entry holds two at most, and the other half is left to the rest of the process
 FILES_PER_ENTRY = 4
-# on a parallel file system the size of a file takes a millisecond
+# threads that check sizes: on a parallel file system each check takes a millisecond
 CHECKED_AT_ONCE = 16
 
 
@@ -37,18 +37,18 @@ class DocumentSpans:
     """Origin of n chunks."""
 
     source: list[str]
-    """The file, as "INPUT/path/within/it"."""
+    """File of each chunk's document, as "INPUT/path/within/it"."""
     document_id: list[str]
     start_token: npt.NDArray[np.int64]
     """First token of the chunk among the document's own tokens."""
     document: npt.NDArray[np.int64]
     """Number of the document within the dataset."""
     special_tokens: npt.NDArray[np.int64]
-    """Special tokens of the chunk: 2, or 1 where it has no end token."""
+    """Number of special tokens of the chunk: 2, or 1 if it has no end token."""
 
 
 class Dataset:
-    """A prepared dataset; `open_dataset` opens one. It pickles small: no maps.
+    """A prepared dataset; `open_dataset` opens one. Its pickle is small, because it has no memory maps.
 
     Args:
         path: folder of the dataset.
@@ -81,7 +81,7 @@ class Dataset:
         return self._shard(shard).chunk(local)
 
     def lengths_of(self, chunks: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Return the tokens of each of the chunks, reading only the shards they are in."""
+        """Return the number of tokens of each chunk, special tokens included. Only the chunks' shards are opened."""
         wanted = np.asarray(chunks, dtype=np.int64)
         lengths = np.empty(wanted.shape, np.int64)
         for shard, chosen, local in self._by_shard(wanted):
@@ -116,7 +116,7 @@ class Dataset:
         return spans.source[0], spans.document_id[0], int(spans.start_token[0]), int(spans.document[0])
 
     def verify(self) -> None:
-        """Read every byte. Raises UserError naming the first file that is not as in the manifest."""
+        """Read every byte, also of the held-out part. Raises UserError naming the first file that is damaged."""
         verified = verify_files(list(dataset_files(self.path, self.manifest)))
         if verified.problems:
             raise UserError(verified.problems[0])
@@ -153,12 +153,12 @@ class Dataset:
 
 
 def open_starts(prefix: Path) -> npt.NDArray[np.int64]:
-    """Map the first token of every chunk of a shard within its document."""
+    """Map a shard's array of each chunk's first token within its document. `prefix` is the path without suffix."""
     return map_npy(prefix.with_name(f"{prefix.name}.starts.npy"))
 
 
 def open_documents(prefix: Path) -> dict[str, Any]:
-    """Map the columns of a shard's documents table."""
+    """Map the columns `source` and `document_id` of a shard's documents table. Raises UserError if it is damaged."""
     import pyarrow
     import pyarrow.ipc
 
@@ -175,11 +175,11 @@ OPENERS: dict[str, Callable[[Path], Any]] = {"shard": open_shard, "starts": open
 
 @lru_cache(maxsize=1)
 def open_files() -> Callable[[str, str, str], Any]:
-    """Return the cached function (opener, prefix, checksums of its files) -> mapped files of a shard.
+    """Return the cached function (key of OPENERS, shard's path without suffix, its checksums) -> mapped files.
 
     All datasets of this process share the cache. A map holds a file descriptor, and a mixture of large corpora has more
-    shards than a process may hold files open: the limit is raised as far as it goes, and the least recently used shards
-    are closed.
+    shards than a process may have open files. So the process's limit is raised (`raise_file_limit`), and the least
+    recently used shards are closed.
     """
 
     def opened(opener: str, prefix: str, checksums: str) -> Any:
@@ -189,7 +189,7 @@ def open_files() -> Callable[[str, str, str], Any]:
 
 
 def raise_file_limit() -> int:
-    """Raise this process's limit on open files towards MAX_FILES; return the limit."""
+    """Raise this process's limit on open files to MAX_FILES if possible. Returns the limit, at most MAX_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -200,7 +200,7 @@ def raise_file_limit() -> int:
 
 
 def arrow_integers(values: npt.NDArray[np.int64]) -> Any:
-    """Convert numpy to Arrow without pyarrow's own way, which imports pandas where that is installed (0.2 s)."""
+    """Convert integers to an Arrow array. pyarrow's own conversion imports pandas if installed, which takes 0.2 s."""
     import pyarrow
 
     content = pyarrow.py_buffer(np.ascontiguousarray(values, np.int64))
@@ -211,7 +211,7 @@ def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset directory. Raises UserError naming a missing, truncated or grown file before anything reads it."""
     folder = Path(path)
     manifest = read_manifest(folder)
-    # its files are copied into checkpoints, and from there into what is published
+    # the tokenizer's files are copied into checkpoints and published models; a link could bring in any other file
     refuse_links(folder / "tokenizer")
     width = np.dtype(manifest.dtype).itemsize
     checks: list[tuple[ShardRecord, str, FileRecord]] = []
@@ -221,6 +221,6 @@ def open_dataset(path: str | Path) -> Dataset:
         if recorded != (width * shard.tokens, index_file_bytes(shard.chunks, shard.documents)):
             raise UserError(f"dataset {folder}: manifest.json contradicts itself about {shard.name}")
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-        # a UserError of any is raised here, the first in order
+        # reading the results raises the first UserError, in the order of the files
         list(pool.map(lambda check: check_size(shard_file(folder, *check[:2]), check[2]), checks))
     return Dataset(folder, manifest)

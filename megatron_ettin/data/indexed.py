@@ -4,9 +4,9 @@ Each sequence is a chunk; `document_indices` holds the first chunk of every docu
 Core's own reader imports torch and its builder keeps Python lists; worker processes and `ettin inspect` need neither.
 A test opens our shards with core's IndexedDataset, so the two cannot drift apart.
 
-Files that are read in training order are mapped for random access. Without that advice, a page that is not in memory
-brings the file system's whole read-ahead with it, 128 KiB on many hosts and megabytes on some: a look-up of 8 bytes
-then costs a millisecond, and the process seems to hold the file.
+Files that are read in training order are mapped with MADV_RANDOM. Without it, reading a page that is not in memory also
+reads the file system's read-ahead, 128 KiB on many hosts and megabytes on some. A look-up of 8 bytes then costs a
+millisecond, and the memory of the process seems to grow by the size of the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 # magic, version, dtype code, sequences, documents + 1
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
-# core's table without its floats; what is written here is uint16 or int32
+# Megatron-Core's table without its floats; this package writes uint16 or int32
 DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -48,7 +48,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def narrowed(values: npt.NDArray[Any], dtype: np.dtype[Any], what: str) -> npt.NDArray[Any]:
-    """Return whole numbers as `dtype`. Raises UserError naming `what` where one does not fit: a cast would wrap it."""
+    """Cast whole numbers to `dtype`. Raises UserError naming `what` if one does not fit, which a cast would wrap."""
     limits = np.iinfo(dtype)
     if values.size and (int(values.min()) < limits.min or int(values.max()) > limits.max):
         wrong = int(values.min()) if int(values.min()) < limits.min else int(values.max())
@@ -57,7 +57,7 @@ def narrowed(values: npt.NDArray[Any], dtype: np.dtype[Any], what: str) -> npt.N
 
 
 def index_bytes(chunk_lengths: IntArray, document_indices: IntArray, dtype: np.dtype[Any]) -> bytes:
-    """Return the content of an .idx file."""
+    """Return the content of an .idx file for chunks of these lengths in tokens; `dtype` is the type of the tokens."""
     lengths = narrowed(np.asarray(chunk_lengths), np.dtype("<i4"), "length of a chunk in tokens")
     pointers = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
@@ -68,13 +68,13 @@ def index_bytes(chunk_lengths: IntArray, document_indices: IntArray, dtype: np.d
 
 
 def index_file_bytes(chunks: int, documents: int) -> int:
-    """Return the size in bytes of an .idx file with so many chunks and documents."""
+    """Return the size in bytes of an .idx file with these numbers of chunks and documents."""
     return HEADER.size + 12 * chunks + 8 * (documents + 1)
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The header of an .idx file, and where its arrays begin in bytes."""
+    """The header of an .idx file, and the byte offsets of its arrays."""
 
     path: str
     dtype: np.dtype[Any]
@@ -90,12 +90,12 @@ class IndexHeader:
 
     @property
     def pointers_at(self) -> int:
-        """Return where the byte offsets of the sequences begin."""
+        """Return the byte offset of the array of the sequences' own offsets in the .bin."""
         return HEADER.size + 4 * self.sequences
 
     @property
     def documents_at(self) -> int:
-        """Return where `document_indices` begin."""
+        """Return the byte offset of the array `document_indices`."""
         return self.pointers_at + 8 * self.sequences
 
 
@@ -136,12 +136,12 @@ class MappedShard:
     tokens: npt.NDArray[np.integer]
     chunk_lengths: npt.NDArray[np.int32]
     chunk_offsets: npt.NDArray[np.int64]
-    """Bytes into the .bin."""
+    """Offset of each chunk in the .bin, in bytes."""
     document_indices: npt.NDArray[np.int64]
     index_path: Path
 
     def chunk(self, i: int) -> IntArray:
-        """Return the tokens of a chunk. Raises RankError where they would lie outside of the .bin."""
+        """Return the tokens of chunk `i`. Raises RankError if it is empty or lies outside of the .bin."""
         first, length = int(self.chunk_offsets[i]) // self.tokens.itemsize, int(self.chunk_lengths[i])
         tokens = self.tokens[first : first + length] if first >= 0 and length > 0 else self.tokens[:0]
         if len(tokens) != length or not length:
@@ -153,11 +153,11 @@ class MappedShard:
 
 
 def open_shard(prefix: Path, scattered: bool = True) -> MappedShard:
-    """Map a shard.
+    """Memory-map the .bin and .idx files of a shard.
 
     Args:
         prefix: path without .bin and .idx.
-        scattered: chunks are read in training order, all over the files; False for reading from end to end.
+        scattered: whether chunks are read in random order; False if they are read from end to end.
 
     Raises:
         UserError: the .idx is not a Megatron index, or is truncated.

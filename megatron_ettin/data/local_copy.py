@@ -2,8 +2,8 @@
 
 One process per host copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
 when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a killed copy is
-continued, and later runs find the copy by the dataset's fingerprint. The order of a run does not change: it is made of
-fingerprints, not of paths. Held-out parts and packing indices that are not in use are not copied.
+continued, and later runs find the copy by the dataset's fingerprint. The order of a run stays the same, because it
+depends on fingerprints, not on paths. Held-out parts and unused packing indices are not copied.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FolderCopy:
     target: Path
     files: dict[str, FileRecord]
     last: str
-    """The file that lists the others; it is copied after them."""
+    """Name of the file that lists the others; it is copied after them."""
 
     @property
     def staging(self) -> Path:
@@ -59,7 +59,7 @@ class FolderCopy:
         return path_in(self.staging, name, self.source / self.last, nested=True, links=Links.NONE)
 
     def missing(self) -> Iterator[tuple[str, FileRecord]]:
-        """Yield the files that are not in the staging folder yet."""
+        """Yield (name, record) of the files that are not in the staging folder with their full size yet."""
         for name, record in self.files.items():
             try:
                 whole = self.staged(name).stat().st_size == record.bytes
@@ -70,10 +70,10 @@ class FolderCopy:
 
 
 def open_local_copy(corpus: BlendedDataset, folder: str, log: Callable[[str], None] = log_info) -> BlendedDataset:
-    """Return the same rows, read from copies under `folder`, which are made before where they are missing.
+    """Return the same rows, read from copies of the datasets under `folder`. Missing copies are made first.
 
     Raises:
-        UserError: there is no room, a file is damaged, or the disk refuses.
+        UserError: there is no room, a file is damaged, or `folder` cannot be written.
     """
     root = Path(folder).expanduser()
     try:
@@ -81,7 +81,7 @@ def open_local_copy(corpus: BlendedDataset, folder: str, log: Callable[[str], No
         with contextlib.ExitStack() as held:
             with log_when_slow(f"{KEY}: waiting for another process, which copies to {root}"):
                 held.enter_context(file_lock(root / ".lock"))
-            # by fingerprint: a repeated dataset is copied once
+            # one per fingerprint, so that a repeated dataset is copied once
             used = {dataset.fingerprint: i for i, dataset in reversed(list(enumerate(corpus.datasets)))}
             units = [
                 unit
@@ -137,7 +137,7 @@ def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path)
 
 
 def copy(units: Sequence[FolderCopy], root: Path, log: Callable[[str], None]) -> None:
-    """Copy datasets, and then the packing indices within them."""
+    """Copy the folders in order, and log size and speed. Raises UserError if there is no room for them."""
     jobs = {unit.target: list(unit.missing()) for unit in units}
     needed = sum(record.bytes for missing in jobs.values() for _, record in missing)
     free = shutil.disk_usage(root).free
@@ -155,7 +155,7 @@ def copy(units: Sequence[FolderCopy], root: Path, log: Callable[[str], None]) ->
 
 
 def copy_unit(unit: FolderCopy, missing: Sequence[tuple[str, FileRecord]]) -> None:
-    """Copy the files to the staging folder, several at a time, and give it its name."""
+    """Copy the missing files to the staging folder in several threads, and rename it to the target."""
     if unit.last == PackingRecord.FILE and unit.source.is_symlink():
         raise UserError(f"{KEY}: {unit.source}: a link below a dataset is not copied; put the folder itself there")
     for folder in {unit.staging, *(unit.staged(name).parent for name in unit.files)}:
@@ -181,7 +181,7 @@ def copy_unit(unit: FolderCopy, missing: Sequence[tuple[str, FileRecord]]) -> No
 
 
 def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Event) -> None:
-    """Copy and hash a file; the target has its name only once it is whole.
+    """Copy and hash a file. The target gets its name only when it is complete.
 
     Raises:
         UserError: the file has another sha256.

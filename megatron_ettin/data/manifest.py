@@ -20,12 +20,12 @@ from megatron_ettin.base.parsing import checked_digest, load_json
 from megatron_ettin.base.paths import Links, checked_name, checked_sha256, path_in
 
 FILE_NAME = "manifest.json"
-# the inputs of a finished dataset, with their times
+# file with the names, sizes and times of a dataset's inputs
 INPUTS_FILE = "inputs.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
-# the types that a field may have, by its annotation
+# annotation of a field -> types that its value may have
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int, type(None)),
@@ -96,7 +96,7 @@ class Manifest:
     """Chunks of a document that end in [SEP]: "every", "last" or "none"."""
     add_prefix_space: bool
     holdout: float
-    """The fraction of documents that `--holdout` asked for; a held-out dataset has it too."""
+    """Value of `--holdout`, the fraction of held-out documents. A held-out dataset has the same value."""
     documents: int
     chunks: int
     tokens: int
@@ -108,7 +108,7 @@ class Manifest:
     shards: list[ShardRecord]
     tokenizer_files: dict[str, FileRecord]
     settings_sha256: str
-    """sha256 of all that decided the output: the settings and the inputs' names and sizes."""
+    """sha256 of the settings and of the inputs' names and sizes, which decide the output."""
     fingerprint: str = ""
     format: str = FORMAT
     version: int = VERSION
@@ -137,10 +137,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_from(raw: dict[str, Any]) -> Manifest:
-    """Return the manifest that `raw` is.
+    """Build a manifest from parsed JSON.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is none, or a name in it leads out of the dataset's folder.
+        ValueError, KeyError, TypeError, AttributeError: `raw` is no valid manifest, or has a name that leads out of the
+            dataset's folder.
     """
     tokenizer = {**raw["tokenizer"], "special_ids": tuple(raw["tokenizer"]["special_ids"])}
     shards = [ShardRecord(**{**shard, "files": file_records(shard["files"])}) for shard in raw["shards"]]
@@ -171,7 +172,7 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
 
 
 def check_field_types(record: Any) -> None:
-    """Raise ValueError where a field of a record has another type than its annotation."""
+    """Raise ValueError if a field has another type than its annotation, or an integer is negative or above 63 bits."""
     for field in dataclasses.fields(record):
         types = FIELD_TYPES.get(str(field.type))
         value = getattr(record, field.name)
@@ -182,7 +183,7 @@ def check_field_types(record: Any) -> None:
 
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
-    """Return the records of files by name or suffix. Raises ValueError, TypeError and AttributeError."""
+    """Build name or suffix -> record from JSON. Raises ValueError, TypeError or AttributeError if it is invalid."""
     records = {checked_name(name): FileRecord(**record) for name, record in raw.items()}
     for record in records.values():
         checked_sha256(record.sha256)
@@ -192,7 +193,7 @@ def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def shard_file(folder: Path, shard: ShardRecord, suffix: str, links: Links = Links.INSIDE) -> Path:
-    """Return the path of a shard's file. Raises UserError where it leads out of the dataset's folder."""
+    """Return the path of a shard's file. Raises UserError if it leads out of the dataset's folder."""
     return path_in(folder, shard.name + suffix, folder / FILE_NAME, links=links)
 
 
@@ -202,7 +203,7 @@ def record_of(path: Path) -> FileRecord:
 
 
 def check_size(path: Path, record: FileRecord) -> None:
-    """Raise UserError where a file is missing or has another size."""
+    """Raise UserError if a file is missing or has another size."""
     try:
         size = path.stat().st_size
     except OSError:

@@ -25,7 +25,7 @@ from megatron_ettin.data.manifest import read_manifest
 
 BLOCK_SLOTS = 10_000
 KEYS = ("path", "weight", "tokens")
-# sums of weights stay finite
+# below this, sums of weights stay finite
 LARGEST_WEIGHT = 1e100
 FILE_SUFFIXES = (".yaml", ".yml")
 FORMS = "a DATASET path, a list of {path, weight} or {path, tokens}, or a MIXTURE.yaml"
@@ -39,10 +39,10 @@ class MixtureEntry:
     weight: float | None = None
     """Share of tokens, relative to the weights of the other entries."""
     tokens: int | None = None
-    """Token budget; budgets are shared out as weights are."""
+    """Token budget, used like a weight relative to the other entries' budgets."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the entry as `data.mixture` has it."""
+        """Return the entry as a dict for `data.mixture`, without keys that are None."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
@@ -52,7 +52,7 @@ def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
     Args:
         value: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the path of a YAML file that
             holds a list.
-        root: where relative dataset paths begin; by default, those of a file begin at its folder.
+        root: folder of relative dataset paths. None: the folder of the YAML file; other paths stay as they are.
 
     Raises:
         UserError: the value is none of these.
@@ -75,9 +75,9 @@ def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
 
 
 def resolve_mixture(data: DataConfig) -> DataConfig:
-    """Return the same keys with the mixture as a list of entries, without a file or a root to look up.
+    """Return the same keys with `data.mixture` as a list of entries and `data.root` applied. Raises UserError.
 
-    A run records this, so that a mixture file edited later does not change the run's record. Raises UserError.
+    A run records this, so that a mixture file edited later does not change the run's record.
     """
     if data.mixture is None:
         raise UserError("data.mixture: not set; give a dataset made by `ettin prepare`, data.mixture=DATASET")
@@ -86,12 +86,12 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
 
 
 def below(root: str | None, path: str) -> str:
-    """Return `path`, joined to `root` if it is relative."""
+    """Return `path`, joined to `root` if it is relative and `root` is given."""
     return path if root is None else os.path.normpath(os.path.join(root, os.path.expanduser(path)))
 
 
 def read_mixture_file(path: Path) -> Any:
-    """Return the list of a YAML file, which may stand under `datasets:`. Raises UserError."""
+    """Return the list in a YAML file, which may be the value of its key `datasets`. Raises UserError."""
     content = read_yaml(path, f"data.mixture: {path}")
     if isinstance(content, Mapping):
         for key in content:
@@ -104,7 +104,7 @@ def read_mixture_file(path: Path) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Format a value for a message; a nested one by its type, for its aliases can stand for billions of values."""
+    """Format a value for a message. A nested one is shown by its type, because YAML aliases can make it huge."""
     if isinstance(value, str | int | float | bool | None):
         return repr(value[:60] if isinstance(value, str) else value)[:80]
     return f"a {type(value).__name__}"
@@ -131,7 +131,7 @@ def parse_entry(where: str, item: Any) -> MixtureEntry:
 
 
 def positive_weight(where: str, weight: Any) -> float | None:
-    """Return a weight as a number. Raises UserError where it is not positive and finite."""
+    """Return a weight as a number. Raises UserError if it is not positive and finite."""
     if weight is None:
         return None
     try:
@@ -146,7 +146,7 @@ def positive_weight(where: str, weight: Any) -> float | None:
 
 
 def positive_tokens(where: str, tokens: Any) -> int | None:
-    """Return a token budget as a count. Raises UserError where it is not positive."""
+    """Return a token budget as a count. Raises UserError if it is not positive."""
     if tokens is None:
         return None
     if isinstance(tokens, bool) or (isinstance(tokens, float) and not math.isfinite(tokens)):
@@ -158,7 +158,7 @@ def positive_tokens(where: str, tokens: Any) -> int | None:
 
 
 def slot_counts(entries: Sequence[MixtureEntry], rows: Sequence[int], mean_tokens: Sequence[float]) -> list[int]:
-    """Return the slots of every block that each source gets; their sum is BLOCK_SLOTS.
+    """Return the number of slots of each source in every block; their sum is BLOCK_SLOTS.
 
     Args:
         entries: the mixture.
@@ -184,7 +184,7 @@ def slot_counts(entries: Sequence[MixtureEntry], rows: Sequence[int], mean_token
 
 
 def largest_remainder(fractions: Sequence[float], seats: int) -> list[int]:
-    """Share out whole seats in proportion: floors first, the rest to the largest remainders (ties to the earlier)."""
+    """Divide `seats` by `fractions`: the floors, then one more each for the largest remainders (ties: the earlier)."""
     exact = [fraction * seats for fraction in fractions]
     counts = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
@@ -194,12 +194,12 @@ def largest_remainder(fractions: Sequence[float], seats: int) -> list[int]:
 
 
 FEW_EPOCHS = 4
-# a budget of exactly the dataset is one epoch, whatever the rounding to slots and steps
+# tolerance in epochs: rounding to slots and steps must not turn one epoch into "read more than once"
 ROUNDING = 0.005
 
 
 class SourceEpochs(NamedTuple):
-    """Number of times that a run reads one dataset."""
+    """How often a run reads one dataset."""
 
     dataset: str
     share: float
@@ -207,11 +207,11 @@ class SourceEpochs(NamedTuple):
     tokens: int
     """Tokens of the dataset."""
     epochs: float
-    """Times that the run reads it."""
+    """Number of times that the run reads the dataset."""
 
 
 def planned_epochs(mixture: Sequence[MixtureEntry], run_tokens: int) -> list[SourceEpochs]:
-    """Return how often each dataset is read, by the manifests alone. Raises UserError where a dataset is missing."""
+    """Estimate from the manifests how often each dataset is read. Raises UserError if a dataset is missing."""
     sizes = [read_manifest(Path(entry.path)).tokens for entry in mixture]
     weights = [entry.weight or entry.tokens or size for entry, size in zip(mixture, sizes, strict=True)]
     shares = [weight / sum(weights) for weight in weights]
@@ -220,7 +220,7 @@ def planned_epochs(mixture: Sequence[MixtureEntry], run_tokens: int) -> list[Sou
 
 
 def describe_epochs(table: Sequence[SourceEpochs]) -> list[str]:
-    """Format the table: dataset, share, tokens, epochs."""
+    """Return the lines of a table with a header: dataset, share, tokens, epochs."""
     width = max(len("dataset"), *(len(source.dataset) for source in table))
     lines = [f"{'dataset':<{width}}   share   tokens   epochs"]
     for source in table:

@@ -1,14 +1,13 @@
 """Pack whole chunks into rows by best fit, window by window, and write the files of a packing index.
 
-Within a window of chunks each row takes the longest chunk left, then again and again the longest that still fits. The
-lengths on hand are the bits of one Python integer, so "the longest that fits" is a mask and a bit_length: no tree, no
-numpy call per chunk, about a microsecond a chunk. Memory is bounded by the window. Rows that a window could not fill
-hand their chunks on to the next one, as long as they are few; the last window keeps what it has.
+Within a window of chunks each row takes the longest unused chunk, then repeatedly the longest that still fits. The
+lengths in use are the bits of one Python integer, so a mask and a bit_length find the longest that fits, in about a
+microsecond a chunk. Memory is bounded by the window. The chunks of rows that a window could not fill are packed again
+with the next window, up to CARRIED_CHUNKS of them. The last window's rows stay as they are.
 
 One process or several write the files in bounded memory. Chunks are split into segments of SEGMENT_CHUNKS by their
-number alone, and each segment is packed by itself. So the bytes do not depend on which process packed what. A process
-holds the lengths of one segment (16 MiB) and one window of the packing. What several processes pack is joined in order,
-file to file.
+number alone, and each segment is packed separately. So the bytes do not depend on which process packed which segment. A
+process holds the lengths of one segment (16 MiB) and one window. The parts of several processes are joined in order.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int) -> Iterator[tuple[In
     """Pack chunks 0 .. n-1 of the given lengths (1 .. row_tokens each) into rows. Every chunk comes exactly once.
 
     Yields:
-        Windows of rows: chunk numbers, row after row, and the number of chunks of each row.
+        For each window of rows: the chunk numbers, row after row, and the number of chunks of each row.
     """
     carried = np.zeros(0, np.int64)
     for first in range(0, len(lengths), WINDOW_CHUNKS):
@@ -89,7 +88,7 @@ def pack_window(window: Int64Array, lengths: npt.NDArray[np.integer], row_tokens
 def split_off_unfilled(
     chunks: Int64Array, counts: Int64Array, lengths: npt.NDArray[np.integer], row_tokens: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Split off the emptiest rows; return chunks and counts of the rows to keep, and the chunks to carry on."""
+    """Split off the emptiest rows. Returns chunks and counts of the rows to keep, and the chunks to pack again."""
     ends = np.cumsum(counts)
     tokens = np.add.reduceat(np.asarray(lengths[chunks], np.int64), ends - counts)
     emptiest_first = np.argsort(tokens, kind="stable")
@@ -117,7 +116,7 @@ def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> 
     with RowWriter(folder, PACKING_DTYPES) as files:
         done = 0
         if min(workers, segments) > 1:
-            # a pool that breaks has lost a process to the kernel; the rest is packed here
+            # the pool breaks if the kernel kills a worker; this process then packs the rest
             with contextlib.suppress(BrokenProcessPool):
                 for part in parts_in_order(folder, dataset, seq_len, min(workers, segments), segments):
                     join_part(part, files)
@@ -133,7 +132,7 @@ def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> 
 
 
 def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Packed]:
-    """Yield the rows of one segment, window by window."""
+    """Yield the rows of one segment, window by window. Raises UserError if a chunk's length is not 1 to `seq_len`."""
     first = segment * SEGMENT_CHUNKS
     lengths = read_lengths(dataset, first, min(first + SEGMENT_CHUNKS, dataset.num_chunks))
     if len(lengths) and not (int(lengths.min()) >= 1 and int(lengths.max()) <= seq_len):
@@ -147,7 +146,7 @@ def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Pac
 
 
 def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32]:
-    """Read the tokens of chunks [first, end). The files are not mapped: pages of a map would stay with the process."""
+    """Read the lengths of chunks [first, end) in tokens. No file is mapped, because mapped pages count as memory."""
     shards = dataset.manifest.shards
     begins = np.cumsum([0] + [shard.chunks for shard in shards])
     parts = [np.zeros(0, "<i4")]
@@ -164,9 +163,9 @@ def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32
 
 
 def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, segments: int) -> Iterator[Path]:
-    """Pack segments in worker processes and yield the prefix of each one's part files, in order.
+    """Pack segments in worker processes, and yield the path prefix of each segment's part files, in order.
 
-    No more parts wait on disk than twice the workers.
+    At most 2 * `workers` segments are in work or on disk at a time.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=serve_parent) as pool:
@@ -183,7 +182,7 @@ def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, s
 
 
 def _pack_part(folder: Path, dataset: Dataset, seq_len: int, segment: int) -> Path:
-    """Pack one segment to part files of its own; return their path without the name of the column."""
+    """Pack one segment into its own part files. Returns their path without the name of the column."""
     prefix = f"part_{segment:06d}."
     with RowWriter(folder, PACKING_DTYPES, prefix) as files:
         for rows in packed_windows(dataset, segment, seq_len):
@@ -192,7 +191,7 @@ def _pack_part(folder: Path, dataset: Dataset, seq_len: int, segment: int) -> Pa
 
 
 def join_part(prefix: Path, files: RowWriter) -> None:
-    """Append a part and remove its files."""
+    """Append the rows of a segment's part files to `files`, and remove the part files."""
     paths = {name: Path(f"{prefix}{name}") for name in PACKING_DTYPES}
     num_rows = paths[TOKENS_FILE].stat().st_size // PACKING_DTYPES[TOKENS_FILE].itemsize
     chunks_before = 0

@@ -1,10 +1,10 @@
 """Build and open packing indices, which say which chunks make up each training row of `seq_len` tokens.
 
-It is built once per dataset and length, kept next to the dataset (`rows_1024/`) and memory-mapped by every rank.
-`packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row, cut to
-seq_len with its final [SEP] kept; its index is a formula, so `padded_1024/` holds only the counts.
+An index is built once per dataset and length, kept in the dataset's folder (`rows_1024/`) and memory-mapped by every
+rank. `packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row,
+cut to seq_len with its final [SEP] kept. There row i has chunk i, so `padded_1024/` holds only the counts.
 
-An index carries the fingerprint of the dataset it was made for; it is rebuilt when that differs.
+An index stores the fingerprint of its dataset. It is rebuilt if the dataset has another one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PackingIndex:
         folder: where the index lies.
         record: the content of its plan.json.
         dataset: the dataset that it was made for.
-        arrays: the rows themselves; by default those of a packed index are mapped from its `folder`.
+        arrays: the columns of the rows; None maps those of a packed index from `folder`.
     """
 
     def __init__(self, folder: Path, record: PackingRecord, dataset: Dataset, arrays: RowArrays | None = None) -> None:
@@ -65,14 +65,14 @@ class PackingIndex:
         self.record = record
         self._dataset = dataset
         self._given = arrays
-        # None: the formula of `padded`
+        # None: padded, where row i has chunk i
         self._arrays = arrays
         if arrays is None and record.batching == "packed":
             self._arrays = RowArrays(*map_columns(folder, PACKING_DTYPES).values())
 
     @classmethod
     def build_or_open(cls, dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> PackingIndex:
-        """Open the index of a dataset for rows of `seq_len` tokens, and build it before where none fits.
+        """Open the index of a dataset for rows of `seq_len` tokens. Build it first if there is no usable one.
 
         Args:
             dataset: the dataset, in whose folder the index is kept.
@@ -104,7 +104,7 @@ class PackingIndex:
 
     @classmethod
     def open(cls, folder: Path, dataset: Dataset, seq_len: int, batching: str) -> PackingIndex | None:
-        """Open the index in `folder`; return None where it is absent, damaged or another dataset's."""
+        """Open the index in `folder`; return None if it is absent, damaged or another dataset's."""
         record = read_usable_record(PackingRecord, folder, PACKING_DTYPES if batching == "packed" else ())
         wanted = (dataset.fingerprint, seq_len, batching)
         if record is None or (record.dataset_fingerprint, record.seq_len, record.batching) != wanted:
@@ -124,7 +124,7 @@ class PackingIndex:
         return (rows, np.ones_like(rows)) if self._arrays is None else self._arrays.chunks_of_rows(rows)
 
     def tokens_of(self, rows: npt.ArrayLike) -> IntArray:
-        """Return the real tokens of each of the rows."""
+        """Return the number of tokens of each row, without padding."""
         wanted = np.asarray(rows, dtype=np.int64)
         if self._arrays is not None:
             return self._arrays.tokens[wanted].astype(np.int64)
@@ -132,7 +132,7 @@ class PackingIndex:
 
 
 def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
-    """Raise UserError where rows of `seq_len` tokens cannot hold the dataset's chunks."""
+    """Raise UserError if `batching` is unknown or rows of `seq_len` tokens cannot hold the dataset's chunks."""
     if batching not in FOLDERS:
         raise UserError(f"data.batching: {batching!r}; allowed: {', '.join(FOLDERS)}")
     if seq_len < 3:

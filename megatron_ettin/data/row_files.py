@@ -111,7 +111,7 @@ Opened = TypeVar("Opened")
 
 
 def read_record(record_class: type[Record], folder: Path) -> Record:
-    """Read the record of a folder. Raises one of UNREADABLE."""
+    """Read the record of a folder. Raises one of UNREADABLE if it is absent or damaged."""
     raw: dict[str, Any] = checked_digest(load_json((folder / record_class.FILE).read_text(encoding="utf-8")))
     return record_class(**{**raw, "files": file_records(raw["files"])})
 
@@ -251,7 +251,7 @@ def map_columns(folder: Path, dtypes: Dtypes) -> dict[str, npt.NDArray[Any]]:
 
 
 def check_rows_exist(rows: npt.ArrayLike, num_rows: int) -> Int64Array:
-    """Return row numbers as an array. Raises IndexError where one is not below `num_rows`."""
+    """Return row numbers as an array. Raises IndexError if one is not below `num_rows`."""
     wanted = np.asarray(rows, np.int64)
     if wanted.size and not (int(wanted.min()) >= 0 and int(wanted.max()) < num_rows):
         raise IndexError(f"rows {int(wanted.min())} to {int(wanted.max())} of {num_rows}")

@@ -2,12 +2,12 @@
 
 The order maps an order index to (source, row, epoch) by a pure function of counts and keys, in constant memory. Order
 indices come in blocks of BLOCK_SLOTS. Every block gives each source its fixed number of slots, shuffled by a key of
-(seed, phase, block); so a source's slots before a block are a multiplication, and its k-th slot is row
-permutation(k mod rows) of epoch k // rows. Each epoch has a key of its own.
+(seed, phase, block). So a multiplication gives the number of a source's slots before a block. Its k-th slot is row
+permutation(k mod rows) of epoch k // rows. Each epoch has its own key.
 
 Proportions hold by construction. Let a source have c of the B = BLOCK_SLOTS slots of a block, and the exact share s.
-Then |c - s B| < 1 (largest remainder). In any window of n slots the number of its own differs from s n by at most
-n / B + 2 c (1 - c / B). docs/mixtures.md has the proof.
+Then |c - s B| < 1 (largest remainder). In any window of n slots, the number of the source's slots differs from s n by
+at most n / B + 2 c (1 - c / B). docs/mixtures.md has the proof.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ShuffledSampler:
         return type(self), (self.counts, self.num_rows, self.seed, self.phase)
 
     def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """Return (source, row, epoch) of each order index, in the shape of `order_indices`."""
+        """Return (index of the source, row, epoch) of each order index, in the shape of `order_indices`."""
         given = np.asarray(order_indices, dtype=np.int64)
         flat = np.atleast_1d(given).ravel()
         if flat.size and int(flat.min()) < 0:
@@ -72,7 +72,7 @@ class ShuffledSampler:
         return source.reshape(given.shape), row.reshape(given.shape), epoch.reshape(given.shape)
 
     def _source_and_occurrence(self, order_indices: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Return the source of each order index, and how many slots that source had before it."""
+        """Return the source of each order index, and the number of that source's slots before it."""
         if len(self.counts) == 1:
             return np.zeros_like(order_indices), order_indices
         source, occurrence = np.empty_like(order_indices), np.empty_like(order_indices)
@@ -86,7 +86,7 @@ class ShuffledSampler:
         return source, occurrence + before
 
     def _shuffled_block(self, block: int) -> tuple[Int64Array, Int64Array]:
-        """Return the source of each slot of a block, and the source's slots before it within the block."""
+        """Return the source of each slot of a block, and the number of that source's slots before it in the block."""
         ordered = np.repeat(np.arange(len(self.counts), dtype=np.int64), self.counts)
         shuffle = Permutation(BLOCK_SLOTS, key64("block", self.seed, self.phase, block))
         source = ordered[shuffle(np.arange(BLOCK_SLOTS)).astype(np.int64)]
@@ -105,7 +105,7 @@ WARMUP_LEVELS = 32
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Number of rows of every step, and so the row indices of each.
+    """Number of rows and range of row indices of every step.
 
     A batch warm-up counts nominal tokens (rows x the mean tokens a row) and grows in equal levels, each lasting an
     equal share of the warm-up's tokens. That is a closed form: the rows of any step are known without those before it.
@@ -149,13 +149,13 @@ class BatchSizes:
         return begin, begin + self.size_at(step)
 
     def steps_for(self, rows: float) -> int:
-        """Return the number of steps until so many rows have been trained on."""
+        """Return the smallest number of steps that together have at least `rows` rows."""
         # upper bound of the bisection: all steps at the smallest batch
         steps = math.ceil(rows / min(self.rows))
         return bisect.bisect_left(range(steps + 1), rows, key=self.rows_before)
 
     def steps_within(self, rows: int) -> int:
-        """Return the number of whole steps that so many rows are enough for."""
+        """Return the largest number of steps that together have at most `rows` rows."""
         # upper bound of the bisection: all steps at the smallest batch
         steps = rows // min(self.rows)
         return bisect.bisect_right(range(steps + 1), rows, key=self.rows_before) - 1

@@ -2,9 +2,9 @@
 
 `transformers`, which takes seconds to import, is imported only for a hub name that has no tokenizer.json. A run needs
 little of a tokenizer: ids without special tokens, the roles of the special ids, and a fingerprint that tells whether
-two datasets were made by the same one. Roles that a tokenizer lacks fall back as the recipe uses them: [CLS] is the
-beginning of a chunk (else BOS), [SEP] its end (else EOS). A prefix space goes in front of the text and nowhere else:
-the ByteLevel option of that name also puts one after every added token, which rewrites code.
+two datasets were made by the same one. Chunks begin with [CLS] (BOS if a tokenizer has none) and end with [SEP] (else
+EOS). A prefix space is added in front of a text only. The option `add_prefix_space` of ByteLevel is not used, because
+it also adds a space after every added token, which changes code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"
 LONG_TEXT_CHARACTERS = 1 << 18
-# given to the library at once
+# characters given to the library in one call
 BATCH_CHARACTERS = 1 << 20
 LETTER_SPACE_LETTER = re.compile(r"[A-Za-z] (?=[A-Za-z])")
 # role -> its names in tokenizer_config.json
@@ -39,7 +39,7 @@ ROLE_KEYS = {
     "pad": ("pad_token",),
     "mask": ("mask_token",),
 }
-# role -> token texts to try where the config has no such name
+# role -> token texts to try if the config names none
 ROLE_TEXTS = {
     "unk": ("[UNK]", "<unk>"),
     "cls": ("[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -52,7 +52,7 @@ ROLE_TEXTS = {
 def vocabulary_size(backend: tokenizers.Tokenizer) -> int:
     """Return one more than the largest id: the number of rows that an embedding needs.
 
-    It is more than the number of entries where ids are left out.
+    It is more than the number of entries if some ids are unused.
     """
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -71,7 +71,7 @@ class Tokenizer:
         self.unk_id = roles.get("unk")
         self.mask_id = roles.get("mask")
         pad = roles.get("pad")
-        # never trained on: rows carry their lengths
+        # any id serves: padding is never trained on, because rows carry their lengths
         self.pad_id = self.sep_id if pad is None else pad
         self.vocab_size = vocabulary_size(backend)
 
@@ -94,14 +94,14 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True) < self.vocab_size
 
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
-        """Return the ids of each text, without special tokens (those written in the text itself are recognised)."""
+        """Return the ids of each text, without added special tokens. Those written in the text become their ids."""
         return [ids.tolist() for ids in self.encode_arrays(texts, add_prefix_space)]
 
     def encode_arrays(self, texts: Sequence[str], add_prefix_space: bool = True) -> Iterator[npt.NDArray[np.uint32]]:
         """Yield the ids of each text, as `encode_batch` returns them.
 
-        The library is given a bounded number of characters at a time, so a text of a gigabyte takes memory for its ids
-        (4 bytes each), not for the library's view of all of them.
+        The library encodes a bounded number of characters at a time. So a text of a gigabyte that can be cut takes
+        memory for its ids (4 bytes each), not for all of the library's own data about them.
         """
         parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
         next_text = 0
@@ -130,9 +130,9 @@ class Tokenizer:
             yield from ((i, piece) for piece in self._cut_long(spaced))
 
     def _cut_long(self, text: str) -> list[str]:
-        """Cut a long text into pieces that encode to the same ids: the library takes 100 bytes of memory per character.
+        """Cut a long text into pieces with the same ids, because the library takes 100 bytes of memory per character.
 
-        It is cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word.
+        Cuts are made only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word.
         """
         if len(text) <= LONG_TEXT_CHARACTERS or not self._splits_at_spaces:
             return [text]
@@ -156,7 +156,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and the two files by which transformers (4.56 .. 5.x) knows the special tokens."""
+        """Write tokenizer.json and the two files from which transformers (4.56 to 5.x) reads the special tokens."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         texts = {f"{role}_token": self.backend.id_to_token(i) for role, i in self.roles.items() if i is not None}
@@ -198,7 +198,7 @@ def grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 def joined(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
-    """Concatenate the ids of a text's pieces, without a copy where there is one piece."""
+    """Concatenate the ids of a text's pieces, without a copy if there is one piece."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -235,7 +235,7 @@ def from_directory(folder: Path, name: str) -> Tokenizer:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read what special_tokens_map.json and tokenizer_config.json say of the special tokens. Raises UserError."""
+    """Return the keys of special_tokens_map.json and tokenizer_config.json; the latter win. Raises UserError."""
     config: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -250,9 +250,9 @@ def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
 
 
 def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return (id, text) of a tokenizer folder's special tokens by the role in which training uses them.
+    """Return role -> (id, text) of the special tokens of a tokenizer folder.
 
-    A tokenizer without a pad token pads with [SEP]. Roles that it has no token for are left out.
+    A tokenizer without a pad token pads with [SEP]. Roles without a token are left out.
     """
     backend = read_backend(folder / "tokenizer.json")
     roles = special_roles(backend, read_settings(folder))
@@ -261,7 +261,7 @@ def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """Return the tokenizer of a tokenizer.json. Raises UserError where the library cannot read it."""
+    """Return the tokenizer of a tokenizer.json. Raises UserError if the library cannot read it."""
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:
@@ -271,7 +271,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def raise_unless_library(error: BaseException) -> None:
-    """Raise an interrupt or an exit again; return for an error of the library.
+    """Raise `error` again if it is an interrupt or an exit; return if it is an error of the library.
 
     A panic of its Rust code derives from BaseException, so `except Exception` would not catch it.
     """
@@ -280,7 +280,7 @@ def raise_unless_library(error: BaseException) -> None:
 
 
 def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:
-    """Return the id of each role, by the config, or else by the usual token texts."""
+    """Return the id of each role, or None: of the token that `config` names, else of one with a usual text."""
     roles: dict[str, int | None] = {}
     for role, keys in ROLE_KEYS.items():
         entries = [config.get(key) for key in keys]
@@ -294,7 +294,7 @@ def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict
 
 
 def from_hub(name: str) -> Tokenizer:
-    """Download a tokenizer by huggingface_hub; one without tokenizer.json is converted by transformers."""
+    """Download a tokenizer by huggingface_hub. transformers converts one without tokenizer.json. Raises UserError."""
     try:
         import huggingface_hub
     except ImportError:
@@ -312,7 +312,7 @@ def from_hub(name: str) -> Tokenizer:
 
 
 def from_transformers(name: str) -> Tokenizer:
-    """Load a tokenizer of the hub by transformers, which converts it. Raises UserError."""
+    """Load a tokenizer from the hub by transformers, which converts it to a tokenizer.json. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
@@ -325,7 +325,7 @@ def from_transformers(name: str) -> Tokenizer:
 
 
 def required(roles: dict[str, int | None], role: str, name: str) -> int:
-    """Return the id of a role. Raises UserError where the tokenizer `name` has none."""
+    """Return the id of a role. Raises UserError if the tokenizer `name` has none."""
     token_id = roles.get(role)
     if token_id is None:
         raise UserError(f"tokenizer {name}: no {role} token; one of {', '.join(ROLE_KEYS[role])} must be set")
@@ -333,5 +333,5 @@ def required(roles: dict[str, int | None], role: str, name: str) -> int:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of the tokenizer, whose bytes are part of a dataset's manifest."""
+    """Write a JSON file of the tokenizer. The manifest has its sha256, so equal content must give equal bytes."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

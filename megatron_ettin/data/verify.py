@@ -32,12 +32,12 @@ REBUILD = " (remove its folder: it is built again)"
 
 @dataclass(frozen=True)
 class Expected:
-    """One file as it should be."""
+    """One file, with the size and sha256 that it must have."""
 
     path: Path
     record: FileRecord
     blocks: Path | None = None
-    """The sidecar with the digests of its blocks."""
+    """Sidecar file with the digests of its blocks; None if it has none."""
     remedy: str = ""
     """Advice for the end of a message about damage."""
     problem: str = ""
@@ -68,7 +68,7 @@ def verify_files(expected: list[Expected]) -> Verified:
 
 
 def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Expected]:
-    """Yield the files of a dataset and of its held-out part. Raises UserError where a manifest cannot be read."""
+    """Yield the files of a dataset and of its held-out part. Raises UserError if a manifest cannot be read."""
     manifest = manifest or read_manifest(folder)
     for name, record in manifest.tokenizer_files.items():
         yield Expected(path_in(folder / "tokenizer", name, folder / FILE_NAME), record)
@@ -100,7 +100,7 @@ def unlisted_files(folder: Path) -> Iterator[Expected]:
 
 
 def damaged_input_list(folder: Path) -> Iterator[Expected]:
-    """Yield inputs.json of a dataset if it is not as it was written."""
+    """Yield inputs.json of a dataset if it cannot be read or its digest is wrong. It may be absent."""
     path = folder / INPUTS_FILE
     try:
         raw = load_json(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def damaged_input_list(folder: Path) -> Iterator[Expected]:
 
 
 def problem_of(file: Expected) -> str | None:
-    """Return what is wrong with one file, by name and bytes; None where nothing is."""
+    """Return a message with the path and the damaged bytes of one file; None if the file is sound."""
     path, record = file.path, file.record
     if file.problem:
         return f"{path}: {file.problem}{file.remedy}"
@@ -134,7 +134,7 @@ def problem_of(file: Expected) -> str | None:
 
 
 def ranges(file: Expected) -> str:
-    """Return `, within bytes A to B` of the damaged blocks, as far as the sidecar lists them."""
+    """Return `, within bytes A to B` of the damaged blocks; without a usable sidecar, that the sha256 differs."""
     if file.blocks is None:
         return ", its sha256 is not the manifest's"
     suffix = file.path.name.removeprefix(file.blocks.name.removesuffix(CHECKSUMS_SUFFIX))

@@ -1,7 +1,7 @@
 """Read an order that `ettin order --out` exported: each line is a chunk, and lines of one (step, slot) are a row.
 
-The lines are read batch by batch, in their sequence. Datasets are found by the fingerprint that the file notes, so they
-may have moved; a file without that note (written by something else) names them by path.
+The lines are read in batches and in order. The file's metadata has the fingerprint of each dataset, so datasets that
+have moved are found. In a file without this metadata (written by another program), a path names a dataset.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = ("step", "slot", "dataset", "chunk")
 ROW_COLUMN = "row"
 
 Int64Array = npt.NDArray[np.int64]
-# COLUMNS and ROW_COLUMN; the dataset as its index in the mixture
+# column (COLUMNS or ROW_COLUMN) -> values; a dataset is given as its index in the mixture
 Lines = dict[str, Int64Array]
 
 
@@ -56,7 +56,7 @@ def exported_rows(
 
 
 def check_notes(path: Path, notes: dict[str, Any], seq_len: int, batching: str) -> None:
-    """Raise UserError where the file was exported for rows of another shape."""
+    """Raise UserError if the file's metadata `notes` has another seq_len or batching than this run."""
     for key, ours in (("seq_len", seq_len), ("batching", batching)):
         theirs = notes.get(key, ours)
         if theirs != ours:
@@ -92,7 +92,7 @@ def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, 
 
 
 def last_row_begins(lines: Lines) -> int:
-    """Return the line at which those of the last (step, slot) begin."""
+    """Return the index of the first line of the last row, that is of the last (step, slot)."""
     others = np.flatnonzero((lines["step"] != lines["step"][-1]) | (lines["slot"] != lines["slot"][-1]))
     return int(others[-1]) + 1 if others.size else 0
 
@@ -113,7 +113,11 @@ def dataset_indices(
 
 
 def dataset_index(path: Path, name: str, datasets: Sequence[Dataset], fingerprint: str | None) -> int:
-    """Return the index in the mixture of a dataset by its fingerprint, or by its path. Raises UserError."""
+    """Return the index in the mixture of the dataset with this fingerprint; if None, with the path `name`.
+
+    Raises:
+        UserError: the mixture does not have it.
+    """
     for index, dataset in enumerate(datasets):
         same_path = str(dataset.path) == name or dataset.path.resolve() == Path(name).resolve()
         if dataset.fingerprint == fingerprint if fingerprint else same_path:
@@ -128,7 +132,7 @@ def dataset_index(path: Path, name: str, datasets: Sequence[Dataset], fingerprin
 def rows_of(
     path: Path, lines: Lines, datasets: Sequence[Dataset], seq_len: int, batching: str, last: tuple[int, int]
 ) -> RecordedRows:
-    """Make whole rows of their lines and check them. `last`: step and slot of the row before them."""
+    """Make rows from the lines of whole rows. `last` is (step, slot) of the row before. Raises UserError."""
     step, slot, source, chunks = (lines[name] for name in COLUMNS)
     before_step, before_slot = np.append(last[0], step[:-1]), np.append(last[1], slot[:-1])
     begins = (step != before_step) | (slot != before_slot)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 
-# in the schema of what `ettin order --out` writes
+# key in the schema metadata of files that `ettin order --out` writes
 METADATA_KEY = b"megatron_ettin.order"
 # format -> columns that identify it
 FORMATS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("input_ids",)}
@@ -22,28 +22,29 @@ FORMATS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("inpu
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Some rows of a recorded order, n of them with m chunks in all."""
+    """Consecutive rows of a recorded order: n rows with m chunks in all."""
 
     sources: npt.NDArray[np.int64]
     """Index [n] of each row's dataset in the mixture."""
     chunks_per_row: npt.NDArray[np.int64]
-    """Chunks [n] of each row."""
+    """Number of chunks of each row [n]."""
     chunks: npt.NDArray[np.int64]
     """Chunk numbers [m], row after row."""
     tokens: npt.NDArray[np.int64]
-    """Tokens [n] of each row."""
+    """Number of tokens of each row [n]."""
     rows: npt.NDArray[np.int64]
     """Row number [n] in the dataset's packing index; the order index if the file has none."""
     skipped_samples: int = 0
+    """Number of samples left out because no dataset has them."""
     nominal_tokens: float | None = None
-    """Mean tokens of a row of the data that the order came from."""
+    """Mean tokens of a row of the data that the order was exported from; None if unknown."""
 
 
 def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]]:
     """List the files of `data.order`, sorted by the numbers in their names.
 
     Returns:
-        Paths, and (name, bytes, mtime in ns) of each, which are in the cache key of the compiled order.
+        Paths, and (name, bytes, mtime in ns) of each, which are part of the cache key of the compiled order.
 
     Raises:
         UserError: there is no such file.
@@ -63,13 +64,13 @@ def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]
 
 
 def natural_sort_key(root: Path, path: Path) -> tuple[list[int], str]:
-    """Return the sort key of a file: `checkpoint_000123/steps_20_to_29.parquet` -> 123, 20, 29, since widths differ."""
+    """Return the sort key of a file: its numbers, whose widths may differ, then its name below `root`."""
     name = str(path.relative_to(root))
     return [int(digits) for digits in re.findall(r"\d+", name)], name
 
 
 def common_format(paths: Sequence[Path]) -> str:
-    """Return the format of the files. Raises UserError where they have several."""
+    """Return the format of the files. Raises UserError if they have several."""
     formats = {format_of(path): path for path in reversed(paths)}
     if len(formats) > 1:
         named = " and ".join(f"{path} ({name})" for name, path in formats.items())
@@ -78,7 +79,7 @@ def common_format(paths: Sequence[Path]) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Return the format of a file. Raises UserError where it has none that is known."""
+    """Return the format (key of FORMATS) that a file's columns identify. Raises UserError if there is none."""
     names = open_parquet(path).schema_arrow.names
     for name, columns in FORMATS.items():
         if set(columns) <= set(names):
@@ -90,7 +91,7 @@ def format_of(path: Path) -> str:
 
 
 def open_parquet(path: Path) -> Any:
-    """Open a pyarrow ParquetFile. Raises UserError where the file is none."""
+    """Open a pyarrow ParquetFile. Raises UserError if it cannot be read as one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -101,7 +102,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """Return the notes that `ettin order --out` left in the file; empty for other files."""
+    """Return the metadata that `ettin order --out` wrote into the file; empty for other files."""
     raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY)
     try:
         notes = load_json(raw) if raw else {}

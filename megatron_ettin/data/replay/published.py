@@ -1,7 +1,7 @@
 """Find the samples of a published order, which are token ids, in the datasets by their content.
 
 This is a streaming join: hash every sample of the files, then scan the datasets once and look up each chunk's hash.
-Memory holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and a batch of either side. Special
+Memory holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and one batch of tokens. Special
 tokens around a sample or chunk do not count, nor do tokens beyond those that a row can hold, because trainers differ in
 what they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of
 them is matched falsely is some 5 %. Equal samples get the first chunk that has their content.
@@ -27,7 +27,7 @@ from megatron_ettin.data.replay.files import RecordedRows, open_parquet
 
 # consecutive samples that are packed together
 WINDOW_SAMPLES = 4_096
-# hashed at once: some 100 MB of intermediate arrays
+# tokens hashed at once, which takes some 100 MB for intermediate arrays
 BATCH_TOKENS = 1 << 21
 SPREAD_SAMPLES = 1 << 20
 UNMATCHED = -1
@@ -41,7 +41,7 @@ IntArray = npt.NDArray[np.integer]
 def published_rows(
     paths: Sequence[Path], datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
 ) -> Iterator[RecordedRows]:
-    """Yield the rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
+    """Yield the rows of the samples in order. `padded`: one row per sample; else packed in windows of WINDOW_SAMPLES.
 
     Raises:
         UserError: some samples are in no dataset and `missing` is not "skip", or chunks do not fit rows of `seq_len`.
@@ -81,7 +81,7 @@ def window_rows(
     """Pack the samples of one window into rows, sorted by the first of their samples.
 
     Returns:
-        Source, chunk count, chunk numbers and tokens of the rows.
+        Source of each row, number of chunks of each row, chunk numbers row after row, number of tokens of each row.
     """
     lengths = np.empty(len(chunks), np.int64)
     row_of, num_rows = np.empty(len(chunks), np.int64), 0
@@ -108,22 +108,22 @@ def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) 
     """Return source << SOURCE_SHIFT | chunk of each sample, or UNMATCHED. Sorts `hashes` in place."""
     by_hash = np.argsort(hashes, kind="stable")
     hashes.sort()
-    # the first among equal hashes gets the chunk
+    # only the first of equal hashes gets its chunk in the loop below
     matches = np.full(len(hashes), UNMATCHED, np.int64)
     wanted = 1 + int(np.count_nonzero(hashes[1:] != hashes[:-1])) if len(hashes) else 0
     for source, dataset in enumerate(datasets):
         for first, of_chunk in chunk_hashes(dataset, seq_len):
             if wanted == 0:
                 break
-            # in the order of the table, or each look-up misses every cache
+            # looked up in the order of `hashes`, because random look-ups would miss every cache
             by_value = np.argsort(of_chunk)
             index = np.empty(len(of_chunk), np.int64)
             index[by_value] = np.minimum(np.searchsorted(hashes, of_chunk[by_value]), len(hashes) - 1)
             hit = np.flatnonzero((hashes[index] == of_chunk) & (matches[index] == UNMATCHED))[::-1]
-            # reversed, so that of equal chunks the first is written last
+            # the hits are in reverse, so that the first of equal chunks is written last
             matches[index[hit]] = (source << SOURCE_SHIFT) + first + hit
             wanted -= len(np.unique(index[hit]))
-    # the others of equal hash get the same chunk
+    # the other samples with an equal hash get the same chunk
     leader = 0
     for begin in range(0, len(hashes), SPREAD_SAMPLES):
         indices = np.arange(begin, min(begin + SPREAD_SAMPLES, len(hashes)))
@@ -137,7 +137,7 @@ def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) 
 
 
 def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Array]]:
-    """Yield (first chunk, content hashes) of every chunk, some at a time."""
+    """Yield (number of the first chunk, hashes by `content_hashes`) for consecutive batches of chunks."""
     first = 0
     for record in dataset.manifest.shards:
         shard = open_shard(shard_file(dataset.path, record, "", Links.UNCHECKED), scattered=False)
@@ -154,7 +154,7 @@ def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Ar
 
 
 def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt64Array:
-    """Return the content hashes of a file's samples, in the order of their steps."""
+    """Return the hashes (`content_hashes`) of a file's samples, in the order of their steps. Raises UserError."""
     import pyarrow
 
     file, parts = open_parquet(path), [np.zeros(0, np.uint64)]
@@ -176,7 +176,7 @@ def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt6
 
 
 def order_by_step(path: Path) -> Int64Array:
-    """Return the row numbers of a file sorted by their `step`; in the order of the file where it has none."""
+    """Return the row numbers of a file sorted by its column `step`; in the order of the file if it has none."""
     file = open_parquet(path)
     if "step" not in file.schema_arrow.names:
         return np.arange(file.metadata.num_rows)
@@ -185,7 +185,7 @@ def order_by_step(path: Path) -> Int64Array:
 
 
 def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRecord, limit: int) -> UInt64Array:
-    """Return a 64-bit hash of each sequence's own tokens, of the first `limit` at most.
+    """Return a 64-bit hash of the first `limit` tokens of each sequence, special tokens around it left out.
 
     `tokens` holds the sequences one after another. One [CLS] before, any [PAD] after and then one [SEP] are left out.
     """

@@ -1,9 +1,9 @@
 """Compile a data order recorded in files (`data.order=FILE`), and read its rows in its order.
 
 Compiling (exported.py, published.py) writes which chunks make up each row to `order_<key>/` in the first dataset, or to
-`$ETTIN_CACHE/orders` where the dataset cannot be written; every rank memory-maps it. Like a packing index it is written
+`$ETTIN_CACHE/orders` if the dataset cannot be written; every rank memory-maps it. Like a packing index it is written
 under a lock, renamed into place and checked by the size of its files. Its fingerprint covers the datasets and the
-chunks of every row, not where the files lie.
+chunks of every row, not the paths of the files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from megatron_ettin.data.row_files import (
 
 
 class RecordedSampler:
-    """Rows by order index, as `open_recorded_sampler` compiled them. It pickles small.
+    """Rows of a recorded order by order index; `open_recorded_sampler` opens one. Its pickle is small.
 
     Args:
         folder: where the compiled order lies.
@@ -70,30 +70,30 @@ class RecordedSampler:
 
     @property
     def tokens_by_source(self) -> list[int]:
-        """Return the tokens of each of the mixture's datasets."""
+        """Return the number of this order's tokens from each dataset of the mixture; 0 for a repeated dataset."""
         by_name = dict(zip(self.record.datasets, self.record.tokens, strict=True))
         return [by_name.pop(name, 0) for name in self.fingerprints]
 
     def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """Return (source, row, epoch 0) of each order index."""
+        """Return (index of the dataset, row in its packing index, epoch) of each order index. The epoch is always 0."""
         wanted = check_rows_exist(order_indices, self.num_rows)
         rows = self._rows[wanted].astype(np.int64)
         return self._source[self._sources[wanted]], rows, np.zeros_like(rows)
 
     def row_chunks(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
-        """Return the number of chunks [n] of each row [n], and the chunk numbers [m], row after row."""
+        """Return the number of chunks of each row [n], and the chunk numbers [m], row after row."""
         chunks, counts = self._arrays.chunks_of_rows(check_rows_exist(order_indices, self.num_rows))
         return counts, chunks
 
     def token_counts(self, order_indices: npt.ArrayLike) -> Int64Array:
-        """Return the real tokens of each row."""
+        """Return the number of tokens of each row, without padding."""
         return self._arrays.tokens[check_rows_exist(order_indices, self.num_rows)].astype(np.int64)
 
 
 def open_recorded_sampler(
     path: str, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str = "error"
 ) -> RecordedSampler:
-    """Open the order in `path` over these datasets, and compile it first unless that was done.
+    """Open the order in `path` over these datasets, and compile it first if needed. Raises UserError.
 
     Args:
         path: `data.order`.
@@ -131,7 +131,7 @@ def open_recorded_sampler(
 
 
 def read_order(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
-    """Return the record of a compiled order; None where it is absent or damaged."""
+    """Return the record of a compiled order; None if it is absent, damaged or for other rows."""
     record = read_usable_record(OrderRecord, folder, ORDER_DTYPES)
     return record if record and (record.seq_len, record.batching) == (seq_len, batching) else None
 
@@ -139,7 +139,7 @@ def read_order(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
 def compile_order(
     building: Path, batches: Iterator[RecordedRows], seq_len: int, batching: str, datasets: Sequence[Dataset]
 ) -> None:
-    """Write the files of a compiled order to the folder `building`. A repeated dataset counts as its first."""
+    """Write the files of a compiled order to the folder `building`. A repeated dataset is recorded once."""
     names: list[str] = []
     tokens: list[int] = []
     skipped, nominal = 0, None
