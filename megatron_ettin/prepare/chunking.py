@@ -5,11 +5,11 @@ third asserts that it is there. `end_token` therefore has all three readings: ev
 the assertion and the encoder's loader ask for), only a document's last chunk does, or none does. The pieces are
 chunk_tokens - 2 long in each case, as in the scripts.
 
-A document's last piece is dropped when shorter than skip_tokens, unless it is the only one. It is filled up from the
-piece before it when shorter than min_chunk_tokens: the boundary moves back by 0 to chunk_tokens - 3 - rest tokens. So
-no token is read twice, and the two pieces keep at least `rest` tokens each. Their lengths are uniformly distributed,
-which lets rows be packed full. The recipe draws the number at random; here the document's hash does, the same in every
-run. Encoder and decoder read the same chunks.
+Let a document's last piece have `rest` tokens. It is dropped if it is shorter than skip_tokens, unless it is the only
+one. If it is shorter than min_chunk_tokens, the boundary before it moves back by 0 to chunk_tokens - 3 - rest tokens.
+So no token is read twice, and the last two pieces keep at least `rest` tokens each. Their lengths are uniformly
+distributed, which lets rows be packed full. The recipe draws the number at random; this module derives it from a hash
+of the document, so it is the same in every run. Encoder and decoder read the same chunks.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RECIPE_LIMITS = {1_024: (512, 128), 7_999: (512, 32), 8_000: (512, 32), 8_192: (
 
 @dataclass(frozen=True)
 class ChunkRule:
-    """Lengths by which documents are cut into chunks."""
+    """Limits for cutting documents into chunks."""
 
     chunk_tokens: int
     """Longest chunk, special tokens included."""
     min_chunk_tokens: int
     """Shortest last piece that stays as it is, in document tokens."""
     skip_tokens: int
-    """A shorter last piece is dropped, in document tokens."""
+    """Shortest last piece that is not dropped, in document tokens."""
     end_token: str = "every"
     """Chunks of a document that end in [SEP]: `every`, `last` or `none`."""
 
@@ -50,8 +50,8 @@ def chunk_rule(
 ) -> ChunkRule:
     """Return the rule of a chunk size. Raises UserError.
 
-    What is not given follows the recipe: RECIPE_LIMITS for its own sizes, else half and an eighth of the chunk, at most
-    512 and 128. `min_chunk_tokens=0, skip_tokens=0` cuts plainly and keeps every remainder as it is.
+    Limits that are None follow the recipe: RECIPE_LIMITS for its own sizes, else half and an eighth of the chunk, at
+    most 512 and 128. `min_chunk_tokens=0, skip_tokens=0` moves no boundary and drops no piece.
     """
     if chunk_tokens < SMALLEST_CHUNK_TOKENS:
         raise UserError(f"--chunk-tokens: {chunk_tokens}; at least {SMALLEST_CHUNK_TOKENS}")
@@ -66,7 +66,10 @@ def chunk_rule(
 
 
 def piece_bounds(num_tokens: int, rule: ChunkRule, document_key: str) -> list[tuple[int, int]]:
-    """Return [start, end) of each piece of a document. What lies after the last end is dropped."""
+    """Return the tokens [start, end) of each piece of a document; later tokens are dropped.
+
+    `document_key` is hashed for the boundary before a short last piece.
+    """
     size = rule.chunk_tokens - 2
     starts = range(0, num_tokens, size)
     bounds = [(start, min(start + size, num_tokens)) for start in starts]
@@ -83,13 +86,13 @@ def piece_bounds(num_tokens: int, rule: ChunkRule, document_key: str) -> list[tu
 
 
 def chunk_lengths(bounds: list[tuple[int, int]], end_token: str) -> list[int]:
-    """Return the tokens of each chunk of one document, special tokens included."""
+    """Return the number of tokens of each chunk of one document, special tokens included."""
     last = len(bounds) - 1
     return [end - start + 1 + has_end_token(i == last, end_token) for i, (start, end) in enumerate(bounds)]
 
 
 def has_end_token(is_last_of_document: bool, end_token: str) -> bool:
-    """Return whether a chunk ends in [SEP]."""
+    """Return whether a chunk ends in [SEP] under this `end_token`."""
     return end_token == "every" or (end_token == "last" and is_last_of_document)
 
 

@@ -1,8 +1,8 @@
 """Submit the tasks of `ettin prepare --executor slurm` as a job array, and one job that finishes the dataset.
 
-The finishing job is the same command with local processes: it sees that the tasks are done, or does what is left,
-merges and publishes. The command itself returns when both are submitted. Run again, it reports how far they are, and
-submits what is missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`.
+The finishing job is the same command with local processes. It runs the tasks that are not done, merges and publishes.
+The command itself returns when both are submitted. If it is run again, it reports their progress. It submits the
+missing tasks again only if none of its jobs is queued or running. Job ids are kept in `submitted.json`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Submitted:
     """State of an unfinished dataset on the cluster."""
 
     jobs: list[str]
-    """Ids of the job arrays, and last that of the finishing job."""
+    """Id of the job array, if there is one, and of the finishing job."""
     states: dict[str, int]
-    """Numbers of jobs that are queued or running, by SLURM's name of the state."""
+    """SLURM state -> number of jobs and array tasks in the queue."""
     tasks_done: int
     num_tasks: int
     new: bool
@@ -50,7 +50,11 @@ class Submitted:
 
 
 def submit_or_look(request: PrepareRequest, counter: Counter) -> Submitted:
-    """Submit the pending tasks and the finishing job, or report how those submitted before are doing."""
+    """Submit the pending tasks and the finishing job, or report on those submitted before.
+
+    Raises:
+        UserError: SLURM cannot be used, or the jobs submitted before ended without the dataset.
+    """
     if any(character.isspace() for character in str(request.work)):
         raise UserError(f"--out: {str(request.out)!r} has a space in its path, which sbatch's scripts cannot name")
     for program in ("sbatch", "squeue"):
@@ -66,14 +70,14 @@ def submit_or_look(request: PrepareRequest, counter: Counter) -> Submitted:
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
     jobs = submit(request, counter)
     states = {}
-    # submitted they are, whether squeue answers or not
+    # the jobs are submitted even if squeue does not answer
     with contextlib.suppress(UserError):
         states = queue_states(jobs)
     return Submitted(jobs, states, total - len(counter.pending), total, new=True)
 
 
 def submit(request: PrepareRequest, counter: Counter) -> list[str]:
-    """Submit the job array and the finishing job, and return their ids. Raises UserError where SLURM refuses one."""
+    """Submit the job array and the finishing job, and return their ids. Raises UserError if sbatch refuses one."""
     from megatron_ettin.prepare.executors import capture_stderr, slurm_executor
 
     work = request.work
@@ -89,7 +93,7 @@ def submit(request: PrepareRequest, counter: Counter) -> list[str]:
                 messages.seek(0)
                 raise UserError(f"sbatch refused the job array: {last_line(messages.read().decode())}") from None
         jobs.append(str(executor.job_id))
-        # before anything else can fail
+        # stored at once, so that the array is known if the second submission fails
         write_json(work / SUBMITTED, {"jobs": jobs})
     script = work / "finish.slurm"
     script.write_text(finishing_script(work, request), encoding="utf-8")
@@ -121,7 +125,7 @@ def finishing_script(work: Path, request: PrepareRequest) -> str:
 
 
 def submitted_jobs(work: Path) -> list[str]:
-    """Return the ids of the jobs submitted before; empty where there are none."""
+    """Return the ids of the jobs submitted before; empty if there are none."""
     try:
         return [str(job) for job in json.loads((work / SUBMITTED).read_text(encoding="utf-8"))["jobs"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -129,16 +133,16 @@ def submitted_jobs(work: Path) -> list[str]:
 
 
 def check_not_queued(work: Path) -> None:
-    """Raise UserError where jobs of this dataset are still to come. The finishing job itself is one of them."""
+    """Raise UserError if jobs of this dataset are queued or running, unless this process runs in one of them."""
     jobs = submitted_jobs(work)
     if jobs and os.environ.get("SLURM_JOB_ID") not in jobs and shutil.which("squeue") and queue_states(jobs):
         raise UserError(f"{work}: jobs {', '.join(jobs)} are queued or running; scancel them, or use --executor slurm")
 
 
 def queue_states(jobs: list[str]) -> dict[str, int]:
-    """Count the jobs and array tasks of these ids by state; empty when the queue knows none of them."""
+    """Return SLURM state -> number of jobs and array tasks of these ids; empty if none is in the queue."""
     states: dict[str, int] = {}
-    # one by one: squeue refuses a list that has one id too old to know
+    # one call per id: squeue refuses a list if it does not know one of its ids any more
     for job in jobs:
         for state in job_states(job):
             states[state] = states.get(state, 0) + 1
@@ -146,10 +150,10 @@ def queue_states(jobs: list[str]) -> dict[str, int]:
 
 
 def job_states(job: str) -> list[str]:
-    """Return the states of a job's parts.
+    """Return the states of a job's array tasks, or of a single job; empty if squeue does not know the id.
 
     Raises:
-        UserError: squeue does not answer, which does not mean that the queue is empty.
+        UserError: squeue does not answer.
     """
     for attempt in range(QUEUE_ATTEMPTS):
         if attempt:
@@ -176,10 +180,10 @@ def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Pro
         try:
             queued = queue_states(jobs[-1:])
         except UserError:
-            # it will answer again; the jobs do not depend on it
+            # squeue may answer next time, and the jobs go on without it
             continue
         if not queued:
-            # the file system of another machine may be late
+            # a shared file system may show the file late
             time.sleep(WAIT_SECONDS)
             if (out / FILE_NAME).is_file():
                 return
@@ -191,7 +195,7 @@ def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Pro
 
 
 def failure_reason(work: Path) -> str:
-    """Return the line that explains a failure; empty where the jobs left nothing, as cancelled ones do."""
+    """Return the first failed task's error, else the last line of the finishing job; empty if there is neither."""
     failed = sorted((work / "errors").glob("*"))
     if failed:
         return failed[0].read_text(encoding="utf-8")
@@ -203,7 +207,7 @@ def failure_reason(work: Path) -> str:
 
 
 def last_line(text: str) -> str:
-    """Return the last line of a program's message."""
+    """Return the last line of a program's message, or "no reason given"."""
     return (text.strip().splitlines() or ["no reason given"])[-1]
 
 

@@ -1,7 +1,7 @@
 """Run the tasks of a plan: in this process, in several of this machine, or by datatrove on a SLURM cluster or Ray.
 
-A task is done when its record lies in `tasks/`, whoever ran it. For datatrove a task is a rank: its own marks of
-completed ranks are brought in line with the records before each launch, and its logs go to `log/`.
+A task is done when its record lies in `tasks/`, whichever process ran it. datatrove calls a task a rank. Its marks of
+completed ranks are made to agree with the records before each launch, and its logs go to `log/`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class IngestStep:
     request: PrepareRequest
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        """Run task `rank`, and leave its error in a file where it fails."""
+        """Run task `rank`. If it fails, write its error to `error_path` and raise it again."""
         failed = error_path(self.request.work, rank)
         try:
             run_numbered(rank, self.request)
@@ -49,25 +49,25 @@ class IngestStep:
 
 
 def run_numbered(index: int, request: PrepareRequest) -> int:
-    """Run the task of that number in a worker process, with one thread of tokenizing. Returns the tokens written."""
+    """Run task `index` in a worker process with one tokenizer thread. Returns the number of tokens written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return run_task(load_tasks(request.work)[index], request, tokenizer_of(request.work))
 
 
 @lru_cache(maxsize=1)
 def tokenizer_of(work: Path) -> Tokenizer:
-    """Load the tokenizer that the working directory holds, once in a process."""
+    """Load the tokenizer in a working directory, once per process."""
     return load_tokenizer(work / "tokenizer")
 
 
 def error_path(work: Path, rank: int) -> Path:
-    """Return the file in which a failed task leaves its one line."""
+    """Return the path of the file with a failed task's error message."""
     return work / "errors" / f"{rank:05d}"
 
 
 @dataclass
 class Counter:
-    """Progress of a plan's tasks, by their records. `pending` holds the numbers of those that are not done."""
+    """Progress of a plan's tasks, from their records. `pending` is the set of the numbers of tasks not done."""
 
     work: Path
     tasks: list[Task]
@@ -83,7 +83,7 @@ class Counter:
 
     @property
     def done(self) -> int:
-        """Return the bytes of input that are done."""
+        """Return the bytes of input of the finished tasks."""
         return self.total - sum(self.task_bytes[i] for i in self.pending)
 
     def finish(self, index: int, tokens: int) -> None:
@@ -92,8 +92,8 @@ class Counter:
         self.pending.discard(index)
 
     def refresh(self) -> None:
-        """Count the tasks whose records were written since, by other processes."""
-        # one listdir instead of one stat for each task: file systems are shared
+        """Count the pending tasks whose records other processes have written."""
+        # one listdir is less load for a shared file system than one stat per task
         there = set(os.listdir(self.work / "tasks"))
         for index in [i for i in self.pending if record_path(self.work, i).name in there]:
             record = json.loads(record_path(self.work, index).read_text(encoding="utf-8"))
@@ -101,19 +101,19 @@ class Counter:
 
 
 def run_here(request: PrepareRequest, counter: Counter, progress: Progress) -> None:
-    """Run one task after another in this process: one worker is one thread."""
+    """Run the pending tasks one after another in this process, with one tokenizer thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     remove_unfinished(request.work)
-    # not what a worker keeps: this process may make another dataset at the same path later
+    # not `tokenizer_of`, which caches: this process may make another dataset at the same path later
     tokenizer = load_tokenizer(request.work / "tokenizer")
     progress(counter.done, counter.total, counter.tokens)
-    for task in [one for one in counter.tasks if one.index in counter.pending]:
+    for task in [task for task in counter.tasks if task.index in counter.pending]:
         counter.finish(task.index, run_task(task, request, tokenizer))
         progress(counter.done, counter.total, counter.tokens)
 
 
 def run_local(request: PrepareRequest, counter: Counter, workers: int, progress: Progress) -> None:
-    """Run the tasks in several processes of this machine. The first error of a task ends them all and is raised."""
+    """Run the pending tasks in several processes of this host. The first error ends all of them and is raised."""
     remove_unfinished(request.work)
     progress(counter.done, counter.total, counter.tokens)
     # forked processes would inherit the parent's threads
@@ -125,7 +125,7 @@ def run_local(request: PrepareRequest, counter: Counter, workers: int, progress:
                 counter.finish(running[done], done.result())
                 progress(counter.done, counter.total, counter.tokens)
         except BaseException as error:
-            # a task takes minutes, and the pool would wait for those that run
+            # otherwise the pool would wait for the running tasks, which take minutes
             for process in list(pool._processes.values()):
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
@@ -134,14 +134,14 @@ def run_local(request: PrepareRequest, counter: Counter, workers: int, progress:
 
 
 def remove_unfinished(work: Path) -> None:
-    """Remove shards of processes that were killed, and old errors. The lock is held, so nobody writes them."""
+    """Remove shards of killed processes and old error files. The caller holds the lock, so no process writes them."""
     for path in (work / "tasks").glob(".tmp-*"):
         path.unlink(missing_ok=True)
     shutil.rmtree(work / "errors", ignore_errors=True)
 
 
 def run_on_ray(request: PrepareRequest, counter: Counter, workers: int, progress: Progress) -> None:
-    """Run the tasks on a Ray cluster that shares this file system. `raise_first_error` reports what failed."""
+    """Run the pending tasks on a Ray cluster that shares this file system. `raise_first_error` reports failed ones."""
     from megatron_ettin.prepare.executors import ray_executor
 
     sync_completion_marks(request.work, counter)
@@ -152,7 +152,7 @@ def run_on_ray(request: PrepareRequest, counter: Counter, workers: int, progress
 
 
 def sync_completion_marks(work: Path, counter: Counter) -> None:
-    """Bring datatrove's marks of completed tasks in line with the records."""
+    """Make datatrove's marks of completed tasks, which it skips, agree with the records."""
     marks = work / "log" / "completions"
     marks.mkdir(parents=True, exist_ok=True)
     for task in counter.tasks:
@@ -164,7 +164,7 @@ def sync_completion_marks(work: Path, counter: Counter) -> None:
 
 
 def raise_first_error(work: Path, counter: Counter) -> None:
-    """Raise UserError with the line of the first task that failed, where tasks are left over."""
+    """Raise UserError with the first failed task's error if a task is not done."""
     counter.refresh()
     if not counter.pending:
         return

@@ -1,4 +1,4 @@
-"""Adapt datatrove's executors. Imported only where one is needed, because datatrove is an extra."""
+"""Adapt datatrove's executors. This module is imported only when one is used, because datatrove is an extra."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise UserError(f"--executor slurm and ray need datatrove ({error}): pip install 'megatron_ettin[data]'") from None
 
-# what SLURM's MaxArraySize allows by default
+# largest job array that SLURM's default of MaxArraySize allows
 JOBS_IN_ARRAY = 1_000
 
 
@@ -48,12 +48,12 @@ class QuietRayExecutor(RayPipelineExecutor):
 
 
 def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineExecutor:
-    """Return an executor on the Ray cluster that RAY_ADDRESS names, else on one of this machine."""
+    """Return an executor on the Ray cluster that RAY_ADDRESS names, else on a new one on this host."""
     try:
         import ray
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install 'megatron_ettin[ray]'") from None
-    # it warns at construction that the log folder has to be shared, which docs/prepare.md says too
+    # the executor would warn at construction that the log folder has to be shared, which docs/prepare.md says
     logger.remove()
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
     return QuietRayExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
@@ -62,15 +62,15 @@ def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineE
 class ArrayExecutor(SlurmPipelineExecutor):
     """Executor that submits a job array.
 
-    The cluster's own defaults hold for what the user did not say (partition, QOS, mail). No further job adds up
-    datatrove's statistics, because the dataset's manifest has the counts.
+    The cluster's defaults hold for options that the user did not give (partition, QOS, mail). datatrove's job that
+    merges statistics is not submitted, because the dataset's manifest has the counts.
     """
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Merge datatrove's options of sbatch with the user's, which win."""
+        """Return datatrove's options of sbatch merged with the user's, which win."""
         arguments = super().get_sbatch_args(max_array)
         if {"mem", "mem-per-gpu"} & set(arguments):
-            # datatrove's own; sbatch takes one of the three
+            # sbatch takes one of the three, and datatrove always sets this one
             del arguments["mem-per-cpu"]
         return {key: value for key, value in arguments.items() if value is not None}
 
@@ -80,8 +80,8 @@ class ArrayExecutor(SlurmPipelineExecutor):
 
 
 def slurm_executor(step: Any, tasks: int, request: PrepareRequest, log: Path) -> ArrayExecutor:
-    """Return the job array: `request.workers` jobs at once, each with several tasks and this very interpreter."""
-    # of this process: what it would say, the command says in its own words
+    """Return an executor for a job array: up to `request.workers` jobs run at once, with this Python interpreter."""
+    # drop datatrove's log on standard error; `ettin prepare` reports instead
     logger.remove()
     return ArrayExecutor(
         [step],

@@ -1,7 +1,7 @@
 """List and open inputs: paths through the operating system, URLs (s3://, gs://, hf://, memory://) through fsspec.
 
-An input is named by a string, a path or a URL; `file://` is a path. Remote files are opened for streaming, never
-copied. What a remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared.
+An input is named by a string: a path or a URL. `file://` URLs are paths. Remote files are opened for streaming, never
+copied. A file's time of change or ETag is kept as text, because it is only compared.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_ettin.base.paths import checked_name, path_in
 BUFFER_BYTES = 1 << 20
 # size of a read: a request over a network costs tens of milliseconds
 REMOTE_BLOCK_BYTES = 8 << 20
+# keys of fsspec's `info` that tell a file's last change, the best first
 CHANGE_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -31,7 +32,7 @@ class Entry:
     is_directory: bool
     bytes: int
     modified: str
-    """Changes when the content does; empty where the file system says nothing."""
+    """Text that changes with the content (mtime in ns, ETag); empty if the file system gives none."""
 
 
 def local_path(url: str) -> str | None:
@@ -42,9 +43,9 @@ def local_path(url: str) -> str | None:
 
 
 def canonical(url: str) -> str:
-    """Return an absolute path for what is local, so that a build goes on from any directory.
+    """Return the absolute path of a local input, or a URL without the slash at its end.
 
-    A URL loses the slash at its end.
+    The path is absolute, so that an unfinished dataset can be continued from any directory.
     """
     path = local_path(url)
     if path is not None:
@@ -58,10 +59,16 @@ def joined(folder: str, name: str) -> str:
 
 
 def joined_in(folder: str, name: object, named_by: str, nested: bool = False) -> str:
-    """Return the path or URL of a file that another file names.
+    """Return the path or URL of the file `name` in a folder, checked because the file `named_by` gave the name.
+
+    Args:
+        folder: path or URL of the folder.
+        name: the name as read.
+        named_by: the file that has the name, for messages.
+        nested: whether the name may lie in a subfolder, with slashes.
 
     Raises:
-        UserError: it leads out of the folder, by a link too.
+        UserError: the file would lie outside of the folder, also through a link.
     """
     path = local_path(folder)
     if path is not None:
@@ -80,7 +87,7 @@ def parent_of(url: str) -> str:
 
 
 def base_name(url: str) -> str:
-    """Return the last part of a path or URL, by which a dataset names an INPUT."""
+    """Return the last part of a path (links followed) or URL. A dataset uses it as the name of an INPUT."""
     path = local_path(url)
     if path is not None:
         return os.path.basename(os.path.realpath(path)) or "root"
@@ -107,7 +114,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
 
 
 def find(url: str) -> Entry | None:
-    """Describe the file or folder of that name; None where there is none. Raises UserError."""
+    """Return the entry of a file or folder, None if it does not exist. Raises UserError if it cannot be read."""
     path = local_path(url)
     if path is not None:
         try:
@@ -127,14 +134,14 @@ def find(url: str) -> Entry | None:
 
 
 def entries(folder: str) -> list[Entry]:
-    """List what a directory holds, sorted by name, hidden entries left out; links are followed."""
+    """List a directory, sorted by name, without hidden entries. Links are followed. Raises UserError."""
     path = local_path(folder)
     if path is not None:
         try:
             names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        # a link to nowhere is not there
+        # `find` returns None for a broken link
         return [entry for name in names if (entry := find(joined(path, name)))]
     system, remote = file_system_of(folder)
     try:
@@ -146,12 +153,12 @@ def entries(folder: str) -> list[Entry]:
 
 
 def is_folder_itself(raw: dict[str, Any], remote: str) -> bool:
-    """Return whether a listed object is the directory: object stores list an empty one of its own name."""
+    """Return whether a listed object stands for the listed directory itself, as object stores may include."""
     return str(raw["name"]).strip("/") == remote.strip("/")
 
 
 def entry_of(url: str, raw: dict[str, Any]) -> Entry:
-    """Describe a remote file or folder by what its file system says."""
+    """Return the entry of a remote file or folder from `raw`, fsspec's `info` of it."""
     changed = next((str(raw[key]) for key in CHANGE_KEYS if raw.get(key)), "")
     return Entry(url, raw["type"] == "directory", int(raw.get("size") or 0), changed)
 
@@ -159,8 +166,8 @@ def entry_of(url: str, raw: dict[str, Any]) -> Entry:
 def walk(folder: str) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
     """Yield (directory, its directories, its files), top down and sorted.
 
-    A directory taken out of the second is not entered. Links to directories are followed, each directory is visited
-    once.
+    The caller may remove entries from the list of directories, which are then not entered (like `os.walk`). Links to
+    directories are followed, and each directory is visited once.
     """
     visited: set[str] = set()
     pending = [folder]
@@ -196,7 +203,7 @@ def open_input(url: str) -> IO[bytes]:
 
 
 def read_json(url: str) -> Any:
-    """Return the parsed content of a small file, None where it is not JSON."""
+    """Return the parsed content of a small file, None if it is not JSON."""
     with open_input(url) as stream:
         raw = stream.read()
     try:
@@ -206,7 +213,7 @@ def read_json(url: str) -> Any:
 
 
 def unreachable(url: str, error: BaseException) -> UserError:
-    """Return the error for a remote file that cannot be read."""
+    """Return the error for a remote file that cannot be read; a UserError is returned unchanged."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{url}: cannot be read ({type(error).__name__}: {first_line(error)})")

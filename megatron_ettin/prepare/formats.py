@@ -1,7 +1,8 @@
 """Tell the format of an input by its name, and which formats one folder may hold.
 
 This is strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one format never
-decides that files of another are left out. What is passed over is kept with its reason and reported at the end.
+decides that files of another are left out. Files that are passed over are recorded with a reason and reported at the
+end.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ FORMAT_OF_SUFFIX = {
     ".idx": "indexed",
 }
 COMPRESSIBLE = ("text", "jsonl")
-# formats of which every file of a folder can be one; the others have an index that says which files belong to them
+# formats that `--format` can apply to every file of a folder; the others have an index that lists their files
 WHOLE_FOLDER = ("text", "jsonl", "parquet")
 # corpora of JSON lines are published as .json.gz; a plain .json is one object more often than not
 COMPRESSED_ONLY = {".json": "jsonl"}
-# what `split -d` makes of a .jsonl
+# name of a part that `split -d` makes of a .jsonl
 NUMBERED_PART = re.compile(r"\.jsonl\.\d+$")
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|citation|contributing|code_of_conduct|dataset_?card|data_?sheet)"
@@ -45,6 +46,7 @@ ABOUT = re.compile(
 )
 EXTENSIONS_SHOWN = 4
 
+# reasons to pass over files, which complete the message "3 files passed over, ..."
 EMPTY = "empty"
 UNKNOWN = "whose extension does not say what is in them"
 ABOUT_DATA = "READMEs, licences and the like"
@@ -66,11 +68,11 @@ class PassedOver:
 
     @property
     def urls(self) -> list[str]:
-        """Return the files in the order of the reasons."""
+        """Return the paths and URLs of the files, reason by reason."""
         return [entry.url for entries in self.by_reason.values() for entry in entries]
 
     def lines(self) -> Iterator[str]:
-        """Yield one line for people for each reason."""
+        """Yield one message for each reason."""
         for reason, entries in self.by_reason.items():
             shown = ", ".join([*(entry.url for entry in entries[:3]), *(["..."] if len(entries) > 3 else [])])
             by_extension = f" ({extensions(entries)}; `--format text` reads every file)" if reason == UNKNOWN else ""
@@ -88,7 +90,7 @@ def extensions(entries: list[Entry]) -> str:
 
 
 def format_of_name(name: str) -> tuple[str | None, str | None]:
-    """Return (format, compression) by a file's extensions; the format is None where they do not say it."""
+    """Return (format, compression) that a file's extensions tell; either is None if they do not tell it."""
     stem, suffix = os.path.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression is None:
@@ -103,10 +105,11 @@ def is_about(name: str) -> bool:
 
 
 def one_format_per_folder(files: Iterable[InputFile], passed_over: PassedOver) -> list[InputFile]:
-    """Return the files to read, without texts about the data in their own folders or above.
+    """Return the files to read, without READMEs and the like that lie in or above a folder with data.
 
     Raises:
-        UserError: a folder holds files of two formats, or texts above files of another format; it names both.
+        UserError: a folder holds files of two formats, texts lie above files of another format, or texts come with a
+            Megatron dataset. The message names a file of each format.
     """
     files = list(files)
     held: dict[str, dict[str, InputFile]] = {}
@@ -120,7 +123,7 @@ def one_format_per_folder(files: Iterable[InputFile], passed_over: PassedOver) -
     text = next((file for file in kept if file.format in COMPRESSIBLE), None)
     tokens = next((file for file in kept if file.format == "indexed"), None)
     if text is not None and tokens is not None:
-        # a dataset that was made of these texts: each document would be read twice
+        # if the dataset was made from these texts, each document would be read twice
         raise two_formats_error(tokens, text)
     first: dict[str, InputFile] = {}
     for file in kept:
@@ -148,7 +151,7 @@ def is_text_about(file: InputFile) -> bool:
 
 
 def above(held: dict[str, dict[str, InputFile]]) -> dict[str, InputFile]:
-    """Map each folder to a file of another format than text in it or below it."""
+    """Return folder -> a file in it or below it whose format is not text. `held`: folder -> format -> a file."""
     examples: dict[str, InputFile] = {}
     for folder, formats in held.items():
         file = next(one for format_name, one in formats.items() if format_name != "text")

@@ -34,7 +34,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
         work: the work folder of the dataset.
         settings: the settings of `ettin prepare` that decide the content.
         files: the input files, in order.
-        replan: whether to make new tasks although some are finished. Without finished tasks they are made in any case.
+        replan: whether to make new tasks even if some are finished. Without finished tasks they are made in any case.
 
     Raises:
         UserError: without `replan`, a plan with finished tasks was made for other settings or inputs.

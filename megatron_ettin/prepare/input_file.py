@@ -1,4 +1,4 @@
-"""Describe one input of `ettin prepare`, read its bytes, and check that it is still what was listed.
+"""Describe one input of `ettin prepare`, read its bytes, and check that it has not changed since it was listed.
 
 A broken or cut-off archive is an error that names the file.
 """
@@ -16,46 +16,43 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.prepare.filesystem import find, local_path, open_input
 
-# an input byte counts as so many of text, where compression or format make it more; by compression, else by format
+# compression, else format -> estimated bytes of text per byte of input; 1 for the others
 GROWTH = {"gzip": 4, "zstd": 4, "bzip2": 4, "xz": 4, "parquet": 3}
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input as the plan, the readers and prepare.json know it.
-
-    It has strings and numbers only, so that prepare.json holds it as it is (frozen_plan.py).
-    """
+    """One input file as it was listed. It has strings and numbers only, so that prepare.json can store it."""
 
     url: str
-    """Path, or URL of fsspec's."""
+    """Path, or URL that fsspec opens."""
     name: str
-    """Name in the dataset: the INPUT's own, then the path within it."""
+    """Name in the dataset: the INPUT's name, then the path within it."""
     source: str
-    """INPUT that it belongs to."""
+    """Name of the INPUT that the file belongs to."""
     format: str
-    """Value of `--format`, but not `auto`."""
+    """Format: a value of `--format` other than `auto`."""
     compression: str | None
     bytes: int
     modified: str = ""
-    """Changes when the content does: nanoseconds, an ETag; empty where the file system says nothing."""
+    """Text that changes with the content (mtime in ns, ETag); empty if the file system gives none."""
     detail: str = ""
-    """JSON with what its directory's index says about it."""
+    """JSON of what the index of its directory says about the file; empty if there is no index."""
 
     @property
     def growth(self) -> int:
-        """Return the bytes of text that an input byte counts as."""
+        """Return the estimated bytes of text per byte of the file."""
         return GROWTH.get(self.compression or self.format, 1)
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size in bytes of text, by which work is cut into tasks."""
+        """Return the estimated bytes of text in the file, by which files are divided into tasks."""
         return self.bytes * self.growth
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a file that belongs to bytes [start, end)."""
+    """Bytes [start, end) of a file. Each format's reader has a rule for the documents that belong to them."""
 
     file: InputFile
     start: int
@@ -68,15 +65,14 @@ class Segment:
 
 
 REMEDY = "let nothing write to it and run again with --replan"
-# on a network an answer takes milliseconds
+# threads that check files: on a network an answer takes milliseconds
 CONCURRENT_CHECKS = 32
 
 
 def check_unchanged(files: Iterable[InputFile]) -> None:
-    """Raise UserError naming the first input that is not as it was listed.
+    """Raise UserError naming the first input that has changed since it was listed.
 
-    This is checked again before a dataset is published: what was read of such a file may be neither the old content nor
-    the new.
+    This is checked before a dataset is published, because what was read from such a file may mix old and new content.
     """
     with ThreadPoolExecutor(CONCURRENT_CHECKS) as pool:
         for difference in pool.map(difference_from_listed, files):
@@ -85,13 +81,13 @@ def check_unchanged(files: Iterable[InputFile]) -> None:
 
 
 def difference_from_listed(file: InputFile) -> str:
-    """Return how an input differs from what was listed, or an empty string."""
+    """Return a message on how an input has changed since it was listed; empty if it has not."""
     now = find(file.url)
     if now is None:
         return f"{file.url}: was removed while it was read"
     if now.bytes != file.bytes:
         return f"{file.url}: had {file.bytes:,} bytes when it was listed and has {now.bytes:,}"
-    # a remote file system may give one file's time in two ways; a pair of files has two times
+    # local files only, because a remote file system may write one time in two ways; a .bin with its .idx has two times
     if local_path(file.url) is not None and now.modified not in file.modified.split():
         return f"{file.url}: was written to while it was read"
     return ""
@@ -103,16 +99,16 @@ def shrunk(file: InputFile, end: int) -> UserError:
 
 
 BLOCK_BYTES = 1 << 20
-# a block of well compressed text becomes a thousand times as much
+# smaller, because a block of well compressed text can grow a thousandfold
 COMPRESSED_BLOCK_BYTES = 1 << 17
-# zstd --long=31
+# the window of `zstd --long=31`
 LARGEST_WINDOW_BYTES = 1 << 31
-# whose members may be followed by zeros
+# formats whose members may be followed by zero bytes
 PADDED = ("gzip", "xz")
 
 
 def blocks(file: InputFile) -> Iterator[bytes]:
-    """Yield the file's bytes, decompressed. Raises UserError where the archive is broken or cut off."""
+    """Yield the file's bytes in blocks, decompressed. Raises UserError if the archive is broken or truncated."""
     if file.compression is None:
         yield from raw_blocks(file.url, BLOCK_BYTES)
     else:
@@ -120,14 +116,18 @@ def blocks(file: InputFile) -> Iterator[bytes]:
 
 
 def raw_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
-    """Yield the file's bytes as they are."""
+    """Yield the file's bytes in blocks of at most `block_bytes`, not decompressed."""
     with open_input(url) as stream:
         while block := stream.read(block_bytes):
             yield block
 
 
 def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
-    """Decompress the members one after another, each checked to have its end: all formats allow several."""
+    """Yield the blocks of `raw` decompressed. A file may have several members, and the last one must be complete.
+
+    Raises:
+        UserError: the data is broken or truncated.
+    """
     import zstandard
 
     def new_member() -> Any:
@@ -154,7 +154,7 @@ def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
                     block = block.lstrip(b"\x00") if file.compression in PADDED else block
     except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or file.compression != "bzip2"):
-            # of the file system; bzip2's own errors are OSErrors without a number
+            # an error of the file system; bzip2's own errors are OSErrors without a number
             raise
         raise UserError(f"{file.url}: broken {file.compression} data before byte {read_bytes} ({error})") from None
     if member is not None:

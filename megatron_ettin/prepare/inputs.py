@@ -3,9 +3,8 @@
 A task is about TASK_BYTES of input: some small files, or a range of a large one. The cut does not depend on the number
 of workers, so neither does the output. A range is of bytes for every format, and each format has its own rule which
 documents belong to it (lines that begin in it, row groups that begin in it, ...), so that no file has to be opened to
-plan. A compressed file and an MDS shard cannot be entered in the middle and are not split. Small corpora get smaller
-tasks, so that there is something to share. Very large ones get larger tasks, because a task is a shard and 100,000
-shards help nobody.
+plan. A compressed file and an MDS shard can only be read from the start and are not split. Small corpora get smaller
+tasks, so that several workers have tasks. Very large ones get larger tasks, because each task makes a shard.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from megatron_ettin.prepare.readers.mds_index import mds_files
 TASK_BYTES = 16 << 20
 SMALLEST_TASK_BYTES = 4 << 20
 LARGEST_TASK_BYTES = 1 << 30
-# tasks shrink below TASK_BYTES before there are fewer
+# tasks are smaller than TASK_BYTES if there would be fewer than this
 FEWEST_TASKS = 64
-# and grow beyond it before there are more
+# tasks are larger than TASK_BYTES if there would be more than this
 MOST_TASKS = 1_024
-# belong to another file
+# extensions of files that belong to another file
 PARTNERS = (".bin", ".crc", ".lock")
 SPLITTABLE = ("jsonl", "parquet", "datasets", "indexed")
-# a file by which a directory is known as one corpus: it names what belongs to it, and nothing else in it is read
+# file that marks a directory as one corpus -> (format, function that lists the corpus's files); no others are read
 CONTAINERS = {
     "manifest.json": ("indexed", own_dataset_files),
     "index.json": ("mds", mds_files),
@@ -96,7 +95,7 @@ def list_inputs(
 
 @dataclass(frozen=True)
 class Listing:
-    """Settings by which the files of one INPUT are listed."""
+    """Settings for listing the files of one INPUT."""
 
     source: str
     format_name: str
@@ -109,10 +108,10 @@ class Listing:
 
 
 def read_files(given: str, listing: Listing) -> list[InputFile]:
-    """Return the files of one INPUT, of one format only in each folder.
+    """Return the files of one INPUT, with one format in each folder.
 
     Raises:
-        UserError: a file cannot be read, or its extensions would leave out most of the INPUT, by files and by bytes.
+        UserError: a file cannot be read, or most of the INPUT's files and bytes have extensions of no known format.
     """
     before = len(listing.passed_over.by_reason.get(UNKNOWN, []))
     files = []
@@ -134,14 +133,14 @@ def read_files(given: str, listing: Listing) -> list[InputFile]:
 
 
 def refuse_output(given: str, out: str | os.PathLike[str] | None) -> None:
-    """Raise UserError where an INPUT is the output, which would be read while it is made."""
+    """Raise UserError if an INPUT is the output folder `out`, which would be read while it is made."""
     path = local_path(given)
     if path is not None and out is not None and os.path.realpath(path) == os.fspath(out):
         raise UserError(f"{given}: is also --out; name another directory for the dataset")
 
 
 def check_name(url: str) -> None:
-    """Raise UserError for a name that is no UTF-8: the dataset's tables could not hold it."""
+    """Raise UserError if a name is not UTF-8, because the dataset's tables could not hold it."""
     try:
         url.encode("utf-8")
     except UnicodeEncodeError:
@@ -166,7 +165,7 @@ def files_of_input(given: str, listing: Listing) -> Iterator[InputFile]:
 
 
 def directory_files(folder: str, listing: Listing) -> Iterator[InputFile]:
-    """Yield the files under a directory whose names or indices say that they are wanted, and note the others."""
+    """Yield the files to read under a directory, and record the others in `listing.passed_over`. Raises UserError."""
     for here, folders, files in walk(folder):
         path = local_path(here)
         if path is not None and listing.out is not None and os.path.realpath(path) == os.fspath(listing.out):
@@ -187,17 +186,17 @@ def directory_files(folder: str, listing: Listing) -> Iterator[InputFile]:
 
 
 def base_name_of(entry: Entry) -> str:
-    """Return the name that a file is listed by, also where it is a link."""
+    """Return the last part of an entry's path or URL; a link has its own name."""
     return entry.url.rpartition("/")[2]
 
 
 def container_files(folder: str, files: list[Entry], name: str, listing: Listing) -> list[InputFile] | None:
-    """Return the files of a directory that is one corpus, None where it is not. Raises UserError.
+    """Return the files of a directory that a file of CONTAINERS marks as one corpus, else None. Raises UserError.
 
     Args:
         folder: the directory.
-        files: what lies in it, as listed.
-        name: what the dataset calls the directory.
+        files: the files in it.
+        name: name of the directory in the dataset.
         listing: settings of the INPUT.
     """
     listed = {base_name_of(entry): entry for entry in files}
@@ -213,7 +212,7 @@ def container_files(folder: str, files: list[Entry], name: str, listing: Listing
 
 
 def listed_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
-    """Return a file of a directory as an input. Where it is not read, note it with its reason and return None."""
+    """Return a file of a directory as an input; if it is not read, record the reason and return None."""
     file_name = base_name_of(entry)
     named, compression = format_of_name(file_name)
     wanted = listing.format_name
@@ -237,7 +236,7 @@ def listed_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
 
 
 def reason_of(entry: Entry, named: str | None, format_name: str) -> str:
-    """Return why a file is passed over that its extension does not ask for."""
+    """Return the reason to pass over a file. `named` is the format that its extension tells, or None."""
     if not entry.bytes:
         return EMPTY
     if named is None and is_about(base_name_of(entry)):
@@ -251,7 +250,7 @@ def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
     """Return a file named on the command line: --format decides, else its extension, which must be known.
 
     Raises:
-        UserError: the file is empty, cannot be read, or does not say its format.
+        UserError: the file is empty or cannot be read, or its format is unknown.
     """
     path = local_path(entry.url)
     if path is not None and not os.path.isfile(path):
@@ -284,7 +283,7 @@ def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
 
 
 def task_bytes(total_bytes: int) -> int:
-    """Return how many bytes of input a task takes, given all of it."""
+    """Return the size of a task for a corpus of `total_bytes`, both in estimated bytes of text."""
     usual = min(TASK_BYTES, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS))
     return max(usual, min(LARGEST_TASK_BYTES, total_bytes // MOST_TASKS))
 
@@ -300,7 +299,7 @@ def is_splittable(file: InputFile) -> bool:
 
 
 def cut_tasks(files: Iterable[InputFile]) -> list[Task]:
-    """Cut the work into tasks: whole small files together, large ones in ranges as long as a task."""
+    """Divide the files into tasks: whole small files together, large ones in ranges as long as a task."""
     files = list(files)
     limit = task_bytes(sum(file.weight_bytes for file in files))
     tasks: list[Task] = []

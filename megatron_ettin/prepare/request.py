@@ -1,4 +1,4 @@
-"""Check a request of `ettin prepare`, and hash it, by which a finished dataset knows its request."""
+"""Check a request of `ettin prepare`, and hash it, so that a finished dataset recognises the same request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INGEST_VERSION = 1
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """Request of `ettin prepare`."""
+    """Options of `ettin prepare`; docs/prepare.md explains them."""
 
     inputs: tuple[str, ...]
     out: Path
@@ -39,14 +39,14 @@ class PrepareRequest:
     add_prefix_space: bool = True
     tokens_key: str = "input_ids"
     tokens_first: bool = False
-    """Take the tokens where an input has both columns."""
+    """Read the token column if an input has both a text and a token column."""
     executor: str = "local"
     """`local`, `slurm` or `ray`."""
     replan: bool = False
     accept_copied: bool = False
-    """Take inputs of another time for the same where names and sizes are."""
+    """Accept a finished dataset whose inputs had the same names and sizes but other times of change."""
     wait: bool = False
-    """With SLURM: return only when the dataset is there."""
+    """With SLURM: return only when the dataset is published."""
     slurm_time: str = "24:00:00"
     slurm_partition: str | None = None
     slurm_arguments: tuple[tuple[str, str], ...] = ()
@@ -59,7 +59,7 @@ class PrepareRequest:
 
 
 def check_request(request: PrepareRequest) -> PrepareRequest:
-    """Return the request with `out` resolved. Raises UserError for what cannot be done."""
+    """Return the request with `out` resolved. Raises UserError if an option is not valid."""
     if not 0 <= request.holdout < 1:
         raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
     if "://" in str(request.out) or ":/" in str(request.out):
@@ -75,10 +75,10 @@ def check_request(request: PrepareRequest) -> PrepareRequest:
 
 
 def resolved_output(out: Path) -> Path:
-    """Return the path of the dataset, links followed.
+    """Return the path of the dataset, links followed. It is checked before the work begins.
 
     Raises:
-        UserError: the last rename could not publish it there, which is checked before the work and not after it.
+        UserError: a rename could not publish the dataset at this path.
     """
     if not out.name and out == Path():
         raise UserError("--out: is the current directory; name a new one in it")
@@ -90,7 +90,7 @@ def resolved_output(out: Path) -> Path:
     except UnicodeDecodeError:
         raise UserError(f"--out {os.fsencode(out)!r}: the name is not UTF-8") from None
     except (OSError, RuntimeError) as error:
-        # the second: a link to itself
+        # a link to itself raises RuntimeError
         raise UserError(f"--out {out!s:.80}: {getattr(error, 'strerror', None) or error}") from None
     if not (resolved / FILE_NAME).is_file() and (resolved == Path.cwd() or os.path.ismount(resolved)):
         what = "a mount point" if os.path.ismount(resolved) else "the current directory"
@@ -99,14 +99,14 @@ def resolved_output(out: Path) -> Path:
 
 
 def work_folder(out: Path) -> Path:
-    """Return the folder of an unfinished dataset, which lies in that of the dataset so that a rename publishes it."""
+    """Return the folder of an unfinished dataset. It has the same parent as `out`, so that a rename can publish it."""
     return out.parent / f".tmp-{out.name}"
 
 
 def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what decides the output, besides the inputs.
+    """Return the settings that decide the output, besides the inputs.
 
-    The vocabulary is named where ids have holes: earlier versions counted its entries, and wrapped the ids above.
+    They have `vocab_size` only if some ids are unused: for such a tokenizer earlier versions wrote other ids.
     """
     holes = {"vocab_size": tokenizer.vocab_size} if tokenizer.has_holes else {}
     return {
@@ -124,26 +124,23 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
-    """Hash settings and inputs, by which a finished dataset knows the same request.
+    """Return the sha256 of settings and inputs, which tells whether a finished dataset has the same request.
 
-    Of the inputs it takes names and sizes. Times are left out, because a copy of the inputs makes the same dataset;
-    they are compared separately (`rewritten_input`).
+    It covers names, formats and sizes of the inputs. It does not cover times of change, because a copy of the inputs
+    makes the same dataset; `rewritten_input` compares times.
     """
     listed = [[file.name, file.source, file.format, file.compression, file.bytes, file.detail] for file in files]
     return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def write_inputs(folder: Path, files: list[InputFile]) -> None:
-    """Keep names and times of the inputs in the dataset's folder.
-
-    Names and sizes alone do not reveal a file that was rewritten.
-    """
+    """Write names, sizes and times of the inputs to the dataset's folder. Times reveal a file that was rewritten."""
     listed = [[file.name, file.bytes, file.modified] for file in files]
     write_json(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
 
 
 def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:
-    """Return (whether times were kept, the first input that has another time than when the dataset was made)."""
+    """Return (whether the dataset has its inputs' times, the first input with another time, or None)."""
     try:
         raw = load_json((folder / INPUTS_FILE).read_text(encoding="utf-8"))
         before = [str(modified) for _, _, modified in raw["files"]]

@@ -1,9 +1,9 @@
 """Make a dataset without the command line: plan, run the tasks, stage, publish.
 
-Everything happens in `.tmp-NAME/` in the output's folder: the frozen plan, a record per finished task, then the staged
+Everything happens in `.tmp-NAME/` next to the output: the frozen plan, a record per finished task, then the staged
 dataset, which one rename publishes. A killed prepare is therefore continued by running it again, and DATASET is
-complete or absent. The request is hashed (settings, and the inputs' names and sizes): a finished dataset answers
-"already there" to the same request and is never overwritten by another one.
+complete or absent. The request is hashed (settings, and the inputs' names and sizes). If a finished dataset has the
+same hash, nothing is done; if it has another one, it is not overwritten.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ LOCK_SECONDS = 3.0
 
 @dataclass
 class PrepareResult:
-    """A finished dataset, and what the command did for it."""
+    """A finished dataset, and what this command did to make it."""
 
     dataset: Dataset
     heldout: Dataset | None
     already_complete: bool
     seconds: float = 0.0
     tokens_written: int = 0
-    """Tokens written by this command: fewer than the dataset's after a resume."""
+    """Number of tokens that this command wrote; after a resume, fewer than the dataset has."""
     tasks_resumed: int = 0
     passed_over: PassedOver = field(default_factory=PassedOver)
     times_compared: bool = True
-    """True if a complete dataset was recognized by the times of its inputs, not only by their sizes."""
+    """False if a complete dataset was recognised by names and sizes of its inputs only, not by their times."""
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:
@@ -85,10 +85,10 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
 
 
 def existing_output(out: Path, settings_sha256: str) -> Dataset | None:
-    """Return the finished dataset of this very request, None where there is nothing.
+    """Return the dataset at `out` if its settings have this hash; None if nothing is there.
 
     Raises:
-        UserError: something else has that path.
+        UserError: `out` is something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -100,13 +100,13 @@ def existing_output(out: Path, settings_sha256: str) -> Dataset | None:
 
 
 def heldout_of(dataset: Dataset) -> Dataset | None:
-    """Return the held-out part of a dataset, None where it has none."""
+    """Return the held-out part of a dataset, None if it has none."""
     folder = dataset.path / "heldout"
     return open_dataset(folder) if (folder / FILE_NAME).is_file() else None
 
 
 def plan_rows(dataset: Dataset, request: PrepareRequest) -> None:
-    """Build the requested packing indexes, of the dataset and of its held-out part."""
+    """Build the requested packing indices of the dataset and of its held-out part."""
     for part in filter(None, (dataset, heldout_of(dataset))):
         for seq_len in request.seq_lens:
             PackingIndex.build_or_open(part, seq_len, workers=request.workers)
@@ -127,10 +127,10 @@ class Build:
         self.work = request.work
 
     def finished(self) -> PrepareResult | None:
-        """Return the dataset of this very request, where it is there.
+        """Return the dataset if the same request has already made it, else None.
 
         Raises:
-            UserError: another one is there, or an input was written since.
+            UserError: another dataset is there, or an input was written since.
         """
         out = self.request.out
         finished = existing_output(out, self.settings_sha256)
@@ -162,20 +162,20 @@ class Build:
         )
 
     def clear(self) -> None:
-        """Remove what a launch left that was killed right after it had published."""
+        """Remove the working directory that a launch left because it was killed right after it published."""
         if self.work.is_dir():
             with contextlib.suppress(UserError), working_directory(self.work):
                 shutil.rmtree(self.work, ignore_errors=True)
 
     def finished_meanwhile(self) -> PrepareResult | None:
-        """Return the dataset where another `ettin prepare` published it after the inputs were listed."""
+        """Return the dataset if another `ettin prepare` published it after the inputs were listed, else None."""
         finished = self.finished()
         if finished is not None:
             shutil.rmtree(self.work, ignore_errors=True)
         return finished
 
     def run_tasks(self, counter: Counter) -> None:
-        """Run the tasks that are not done with the executor of the request."""
+        """Run the pending tasks with the executor of the request."""
         workers = min(self.request.workers, len(counter.pending))
         if self.request.executor == "ray":
             run_on_ray(self.request, counter, self.request.workers, self.progress)
@@ -185,7 +185,7 @@ class Build:
             run_local(self.request, counter, workers, self.progress)
 
     def submit(self) -> PrepareResult | cluster.Submitted:
-        """Submit the work to the cluster; with `--wait` wait until the dataset is there."""
+        """Submit the work to the cluster; with `--wait` wait until the dataset is published."""
         with working_directory(self.work):
             if (finished := self.finished_meanwhile()) is not None:
                 return finished
@@ -204,10 +204,10 @@ class Build:
         )
 
     def planned(self) -> Counter:
-        """Freeze the plan, and give the tasks what they need in the working directory."""
+        """Freeze the plan, make the folders `tasks/` and `tokenizer/` for the tasks, and return their progress."""
         tasks = freeze(self.work, self.settings, self.files, self.request.replan)
         (self.work / "tasks").mkdir(exist_ok=True)
-        # tasks on other machines may be reading it
+        # an existing folder stays, because tasks on other hosts may be reading it
         if not (self.work / "tokenizer").is_dir():
             temporary = self.work / ".tmp-tokenizer"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -216,14 +216,14 @@ class Build:
         return Counter(self.work, tasks)
 
     def publish(self, num_tasks: int) -> Dataset:
-        """Merge the records, plan rows, and give the dataset its name."""
+        """Stage the dataset, build its packing indices, and rename it to its final path. Raises UserError."""
         out = self.request.out
         check_unchanged(self.files)
         records = read_task_records(self.work, num_tasks)
         try:
             staged = stage(self.work, records, self.request, self.tokenizer, self.settings_sha256)
         except NoDocumentsError:
-            # there is nothing in the tasks to go on with
+            # a later launch could use nothing of it
             shutil.rmtree(self.work, ignore_errors=True)
             raise
         write_inputs(staged, self.files)
@@ -246,9 +246,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def working_directory(work: Path) -> Iterator[None]:
-    """Hold `work` alone.
+    """Create and lock the folder `work` for the block. Raises UserError instead of OSError.
 
-    A mistake before anything was done removes it. Whatever happens later leaves it for the next launch.
+    If a UserError comes before any task is finished or job submitted, the folder is removed. Otherwise it is kept for
+    the next launch.
     """
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -264,7 +265,7 @@ def working_directory(work: Path) -> Iterator[None]:
         except UserError as error:
             finished = len(list((work / "tasks").glob("task_*.json")))
             if cluster.submitted_jobs(work):
-                # whoever submitted it asks for the reason, which lies in it
+                # the folder stays: the command that submitted the jobs reads the reason from it
                 raise
             if finished:
                 kept = f"{finished} finished task{'s are' if finished > 1 else ' is'} kept in {work}"
@@ -281,7 +282,10 @@ def working_directory(work: Path) -> Iterator[None]:
 
 
 def take(lock: int, work: Path) -> None:
-    """Lock the folder for this process, and give the workers of one that was killed a moment ago time to end."""
+    """Lock the folder `work` by the open file `lock`. Raises UserError if another process holds the lock.
+
+    It waits up to LOCK_SECONDS, because workers of a process that was just killed may still hold it.
+    """
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -294,6 +298,6 @@ def take(lock: int, work: Path) -> None:
             if why is not None:
                 log_warning(f"warning: {work}: its file system has no locks ({why}); start no second prepare into it")
             elif not (work / "lock").exists():
-                # whoever held it has just published and removed the folder
+                # the process that held the lock has just published and removed the folder
                 raise UserError(f"{work}: another `ettin prepare` has just finished it; run the same command again")
             return

@@ -32,7 +32,7 @@ from megatron_ettin.prepare.task import SPLITS, record_path
 
 
 class NoDocumentsError(UserError):
-    """The tasks are done and there is nothing in them."""
+    """All tasks are done, and none has a document to train on."""
 
 
 def read_task_records(work: Path, num_tasks: int) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def read_task_records(work: Path, num_tasks: int) -> list[dict[str, Any]]:
 def stage(
     work: Path, records: list[dict[str, Any]], request: PrepareRequest, tokenizer: Tokenizer, settings_sha256: str
 ) -> Path:
-    """Lay out `work/dataset` (and `heldout` in it), and return its path. Raises NoDocumentsError."""
+    """Move the shards into `work/dataset` (and `heldout` in it), and return its path. Raises NoDocumentsError."""
     if not any(record["train"]["documents"] for record in records):
         held_out = sum(record.get("heldout", {}).get("documents", 0) for record in records)
         detail = f"all {held_out} are held out by --holdout {request.holdout}" if held_out else "every text is empty"
@@ -81,7 +81,7 @@ def stage_split(
     for path in (*copied, folder / "tokenizer"):
         fsync(path)
     manifest = Manifest(
-        tokenizer=TokenizerRecord(**{one.name: getattr(tokenizer, one.name) for one in fields(TokenizerRecord)}),
+        tokenizer=TokenizerRecord(**{field.name: getattr(tokenizer, field.name) for field in fields(TokenizerRecord)}),
         dtype=token_dtype(tokenizer.vocab_size).name,
         **asdict(request.rule),
         add_prefix_space=request.add_prefix_space,
@@ -101,10 +101,10 @@ def stage_split(
 
 
 def move(source: Path, target: Path, record: Path) -> None:
-    """Move a file to its name, unless it is there already.
+    """Move a file to `target`, unless it is there already.
 
     Raises:
-        UserError: the file is missing. Its task's record is removed, so that the task runs again.
+        UserError: the file is missing. `record`, its task's record, is removed, so that the task runs again.
     """
     if source.exists():
         os.replace(source, target)

@@ -1,8 +1,8 @@
 """Run one task: read, split off the held-out documents, tokenize in batches, cut, write one shard of each split.
 
-A task depends on its input and the settings only and ends by writing its record, so a task with a record is done,
-whichever process did it and whatever was killed since. A shard has the tokens as they come, then the index, the
-documents table and each chunk's start in its document.
+A task depends only on its input and the settings. It writes its record last, so a task with a record is done, whichever
+process ran it. A shard's tokens are written as they come, and at its end the index, the documents table and each
+chunk's start in its document.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ READERS: dict[str, Callable[[Segment, ReadOptions], Iterator[Document]]] = {
 
 
 def run_task(task: Task, request: PrepareRequest, tokenizer: Tokenizer) -> int:
-    """Run a task and write its record. Returns the tokens written."""
+    """Run a task and write its record. Returns the number of tokens written."""
     prefixes = dict(zip(SPLITS, shard_prefixes(request.work, task.index), strict=True))
     writers = {
         split: ShardWriter(prefixes[split], request.rule, tokenizer)
@@ -80,7 +80,7 @@ def run_task(task: Task, request: PrepareRequest, tokenizer: Tokenizer) -> int:
 
 
 def shard_prefixes(work: Path, task_index: int) -> list[Path]:
-    """Return the paths of a task's shards, by split, without their suffixes."""
+    """Return the paths of a task's shards in the order of SPLITS, without their suffixes."""
     return [work / "tasks" / f"{split}_{task_index:05d}" for split in SPLITS]
 
 
@@ -90,7 +90,7 @@ def record_path(work: Path, task_index: int) -> Path:
 
 
 def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
-    """Yield documents in order, in lists of BATCH_CHARACTERS or one document."""
+    """Yield documents in order, in lists that end at BATCH_CHARACTERS characters (or tokens) or BATCH_DOCUMENTS."""
     batch: list[Document] = []
     size = 0
     for segment in task.segments:
@@ -123,7 +123,7 @@ def read_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]
 def tokenized(
     batch: list[Document], tokenizer: Tokenizer, add_prefix_space: bool
 ) -> Iterator[tuple[Document, npt.NDArray[np.uint32]]]:
-    """Yield each document with its ids: a text's from the tokenizer, token inputs as they are."""
+    """Yield each document with its token ids: those of a text from the tokenizer, those of token inputs unchanged."""
     texts = [document.text for document in batch if document.tokens is None]
     encoded = tokenizer.encode_arrays(texts, add_prefix_space)
     for document in batch:
@@ -131,24 +131,24 @@ def tokenized(
 
 
 def document_key(document: Document) -> str:
-    """Hash a document's content: equal documents are cut alike and fall on one side of a held-out split.
+    """Return the sha256 of a document's UTF-8 text, or of its token ids as little-endian uint32.
 
-    The content of tokens is their ids as little-endian uint32.
+    It decides the cut and the split, so equal documents are cut alike and are in the same split.
     """
     content = document.text.encode("utf-8") if document.tokens is None else document.tokens.astype("<u4").tobytes()
     return hashlib.sha256(content).hexdigest()
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether a document belongs to the held-out fraction."""
+    """Return whether the document with this key belongs to the held-out fraction."""
     return int(key[:16], 16) < int(fraction * (1 << 64))
 
 
 class ShardWriter:
-    """Writer of one shard: documents in, a .bin/.idx pair and its sidecars out. Ends with `finish` or `discard`.
+    """Writer of one shard: a .bin/.idx pair and its sidecars. The caller ends it by `finish` or `discard`.
 
-    Files are written under a temporary name, fsynced and renamed, all of them before `finish` returns. The documents
-    table is an uncompressed Arrow file: a reader maps it and looks up any document at once.
+    `finish` syncs the temporary files to disk and renames them. The documents table is an uncompressed Arrow file, so
+    that a reader can map it and look up any document without reading the others.
     """
 
     def __init__(self, prefix: Path, rule: ChunkRule, tokenizer: Tokenizer) -> None:
@@ -174,7 +174,7 @@ class ShardWriter:
         """Add a document of at least one token.
 
         Args:
-            source: the INPUT that the document belongs to, by which tokens are counted.
+            source: the INPUT that the document belongs to, for the counts of each INPUT.
             name: the name of its file in the dataset.
             document_id: its id in that file.
             ids: its token ids, without special ones around them.
@@ -198,7 +198,7 @@ class ShardWriter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the counts of what was added so far."""
+        """Return the counts of the documents, chunks and tokens added so far."""
         longest = max(self._lengths, default=0)
         return {
             "documents": len(self._ids),
@@ -209,7 +209,7 @@ class ShardWriter:
         }
 
     def finish(self) -> dict[str, FileRecord]:
-        """Close, name and checksum the files; a shard without documents leaves none."""
+        """Write the files and return suffix -> record. A shard without documents has no files."""
         self._stream.close()
         if not self._ids:
             self._temporary(".bin").unlink()

@@ -1,1 +1,1 @@
-"""One module a format: what its directories name, and the documents of a range of one of its files."""
+"""One module per format: it lists the files of a directory in the format, and reads documents from a range of a file."""

@@ -1,9 +1,9 @@
 """Read Arrow IPC files as `datasets` writes them (streams), the file format, and directories that `datasets` saved.
 
-A segment takes the record batches that begin in it. A stream has no index, so the batches before are passed over by
-walking; a local file is memory-mapped for that, which touches their headers only. Memory is bounded by one batch
-(`datasets` writes 1,000 rows). In a saved directory state.json names a split's Arrow files, dataset_dict.json the
-splits.
+A segment takes the record batches that begin in it. A stream has no index, so its messages are read from the start; a
+local file is memory-mapped, so that only the headers of the batches before the segment are read. Memory is bounded by
+one batch (`datasets` writes 1,000 rows). In a saved directory, state.json names a split's Arrow files and
+dataset_dict.json the splits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def arrow_documents(segment: Segment, options: ReadOptions) -> Iterator[Document
 
 
 def opened(file: InputFile) -> Any:
-    """Open an Arrow file: memory-mapped where it is local."""
+    """Open an Arrow file, memory-mapped if it is local. Raises UserError if it is empty."""
     import pyarrow
 
     path = local_path(file.url)
@@ -54,15 +54,12 @@ def opened(file: InputFile) -> Any:
 
 
 def batches(stream: Any, file: InputFile) -> Iterator[tuple[int, Any]]:
-    """Yield (offset of its message, record batch), in order.
-
-    An empty dataset has a schema and no batch.
-    """
+    """Yield (byte offset, record batch) in order; nothing for an empty dataset. Raises UserError if truncated."""
     import pyarrow.ipc
 
     if stream.read(len(FILE_MAGIC)) == FILE_MAGIC:
         reader = pyarrow.ipc.open_file(stream)
-        # without offsets: spread evenly over the bytes
+        # the reader gives no offsets, so the batches count as spread evenly over the file
         for i in range(reader.num_record_batches):
             yield file.bytes * i // reader.num_record_batches, reader.get_batch(i)
         return
@@ -85,7 +82,8 @@ def saved_dataset_files(
 ) -> list[InputFile] | None:
     """Return the data files of a saved dataset in the order of its state.json. Raises UserError.
 
-    None where state.json is something else, which `required` makes an error.
+    If state.json is something else, return None, or with `required` raise UserError. `listed` holds the folder's
+    entries by file name; `name` is the folder's name in the dataset, `source` its INPUT.
     """
     path = joined(folder, "state.json")
     raw = read_json(path)
@@ -111,9 +109,9 @@ def saved_dataset_files(
 
 
 def dataset_dict_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
-    """Return the data files of every split, in the order of dataset_dict.json.
+    """Return the data files of every split, in the order of dataset_dict.json; None if that is something else.
 
-    None where that file is something else.
+    The arguments are those of `saved_dataset_files`. Raises UserError if a split is missing.
     """
     path = joined(folder, "dataset_dict.json")
     raw = read_json(path)

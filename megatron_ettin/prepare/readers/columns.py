@@ -1,8 +1,8 @@
 """Read documents from the columns of Arrow record batches, as saved datasets have them, and parquet files.
 
-A text column makes documents of texts. Where there is none, a column of lists of integers makes documents of tokens.
-A segment of a parquet file takes the row groups that begin in it. They are read in batches of pages. So memory is
-bounded by a batch and a page of each of the two columns, not by the file or its row groups.
+Documents are the texts of a text column or, if there is none, the token ids of a column of lists of integers. A segment
+of a parquet file takes the row groups that begin in it. They are read in batches of pages. So memory is bounded by a
+batch and a page of each of the two columns, not by the file or its row groups.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_ettin.prepare.filesystem import BUFFER_BYTES, open_input
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
 
-# rows are turned into Python's objects so many bytes at a time
+# bytes of rows that are converted to Python objects at a time
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1_024
 COLUMNS_SHOWN = 20
@@ -30,8 +30,10 @@ class Columns:
     """Columns of a file that are read."""
 
     content: str
+    """Name of the column with texts (`is_text`) or token ids."""
     is_text: bool
     id: str | None
+    """Name of the column with document ids; None if there is none."""
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +111,7 @@ def batch_documents(
 
 
 def row_names(part: Any, first_row: int, columns: Columns, file: InputFile) -> list[str]:
-    """Return the ids of the rows; file#row where there is none."""
+    """Return the document id of each row: from the id column, or "file#row" without one or for a null."""
     numbered = [f"{file.name}#{first_row + i}" for i in range(part.num_rows)]
     if columns.id is None:
         return numbered
@@ -118,7 +120,7 @@ def row_names(part: Any, first_row: int, columns: Columns, file: InputFile) -> l
 
 
 def rows_at_once(total_bytes: int, rows: int) -> int:
-    """Return how many rows are turned into Python's objects at a time."""
+    """Return the number of rows to convert to Python objects at a time, at most BATCH_ROWS or BATCH_BYTES."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(total_bytes, 1)))
 
 
@@ -135,7 +137,7 @@ def texts(column: Any, first_row: int, name: str, file: InputFile) -> Iterator[s
 
 
 def value_at(column: Any, i: int, where: str, name: str) -> str | None:
-    """Return one text of a column. Raises UserError where it is not UTF-8."""
+    """Return text `i` of a column, None for a null. Raises UserError if it is not UTF-8."""
     try:
         value: str | None = column[i].as_py()
         return value
@@ -146,7 +148,7 @@ def value_at(column: Any, i: int, where: str, name: str) -> str | None:
 def token_arrays(
     column: Any, first_row: int, name: str, file: InputFile, options: ReadOptions
 ) -> Iterator[npt.NDArray[np.uint32]]:
-    """Yield the ids of each row, without their outer special ids. Raises UserError for a null."""
+    """Yield the token ids of each row by `document_tokens`. Raises UserError for a null or an invalid id."""
     assert options.tokenizer is not None
     for i in range(len(column)):
         where = f"{file.url}#{first_row + i}"

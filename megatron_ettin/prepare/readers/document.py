@@ -1,7 +1,7 @@
-"""Define what every reader yields, a text or the token ids of one, and the settings that readers need.
+"""Define the document that every reader yields, a text or its token ids, and the settings of the readers.
 
-Token inputs come framed: chunks with [CLS] and [SEP] around them, rows filled up with [PAD]. What lies outside is taken
-off, sequence by sequence, and the tokens are then cut like a text's.
+Token inputs may have special tokens around their own: chunks between [CLS] and [SEP], rows filled up with [PAD]. These
+are removed from each sequence, and the remaining tokens are cut like those of a text.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ IntArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Document:
-    """Document as every reader yields it. Exactly one of `text` and `tokens` is given."""
+    """One document from a reader. It has a text if `tokens` is None, else token ids."""
 
     file: InputFile
     id: str
-    """From the id column, else file:line or file#row; the file's name for text."""
+    """Value of the id column, else file:line, file@byte or file#row; the file's name for a text file."""
     text: str = ""
     tokens: npt.NDArray[np.uint32] | None = None
-    """Token ids without the special ones around them."""
+    """Token ids without the special tokens around them; None for a text."""
 
     @property
     def size(self) -> int:
-        """Return the characters or tokens, by which a batch is measured."""
+        """Return the number of characters or tokens."""
         return len(self.text) if self.tokens is None else len(self.tokens)
 
 
@@ -44,15 +44,15 @@ class ReadOptions:
     id_key: str = "id"
     tokens_key: str = "input_ids"
     tokenizer: Tokenizer | None = None
-    """None where token inputs cannot be read."""
+    """Tokenizer that token inputs are checked against; None if they cannot be read."""
     tokens_first: bool = False
-    """Take the tokens where there are both."""
+    """Read the token column if a file has both a text and a token column."""
     text_may_be_json: bool = False
-    """Read JSON lines under a text's name as text (`--format text`); else they are refused."""
+    """Accept a text file whose first line is a JSON object (`--format text`); otherwise it is refused."""
 
 
 def document_tokens(sequences: Iterable[IntArray], where: str, tokenizer: Tokenizer) -> npt.NDArray[np.uint32]:
-    """Join the sequences of one document, each without its outer special ids.
+    """Join the sequences of one document, each by `without_outer_specials`.
 
     Args:
         sequences: token ids.

@@ -1,8 +1,8 @@
-"""Read Megatron datasets and our own: a document is the sequences between two entries of `document_indices`.
+"""Read Megatron datasets and this package's: a document is the sequences between two entries of `document_indices`.
 
-A segment [start, end) of a .bin of n bytes takes documents [d * start / n, d * end / n) of the index's d: every
-document once, in order, without opening the index to plan. The index is read in blocks of documents through the file,
-local or remote; no part of either file is held whole.
+A segment [start, end) of a .bin of n bytes takes documents [d * start / n, d * end / n) of the d documents in the
+index. So every document is read once, in order, and planning needs no look into the index. The index is read in blocks
+of documents, from a local or remote file, so neither file is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
                 numbered = [f"{file.name}#{i}" for i in range(begin, stop)]
                 ids = numbered if named is None else names(named, begin, stop)
                 documents = block_tokens(index, index_stream, tokens, file, range(begin, stop), tokenizer)
-                yield from (Document(file, name, tokens=one) for name, one in zip(ids, documents, strict=True))
+                yield from (Document(file, name, tokens=content) for name, content in zip(ids, documents, strict=True))
 
 
 def read_header(stream: IO[bytes], path: str, index_bytes: int) -> IndexHeader:
-    """Read and check the header of an .idx. Raises UserError."""
+    """Read and check the header of an .idx file of `index_bytes` bytes. Raises UserError."""
     index = parse_header(stream.read(HEADER.size), path, index_bytes)
     if index.boundaries:
         ends = [int(read_array(stream, index.documents_at + 8 * i, "<i8", 1)[0]) for i in (0, index.boundaries - 1)]
@@ -62,7 +62,7 @@ def read_header(stream: IO[bytes], path: str, index_bytes: int) -> IndexHeader:
 
 
 def read_array(stream: IO[bytes], offset: int, dtype: Any, count: int) -> npt.NDArray[Any]:
-    """Read an array at an offset of a file."""
+    """Read `count` values of `dtype` at a byte offset of a file."""
     stream.seek(offset)
     return np.frombuffer(stream.read(count * np.dtype(dtype).itemsize), dtype=dtype)
 
@@ -75,7 +75,7 @@ def block_tokens(
     documents: range,
     tokenizer: Tokenizer,
 ) -> Iterator[npt.NDArray[np.uint32]]:
-    """Yield the token ids of consecutive documents. Raises UserError where index or tokens are damaged."""
+    """Yield the token ids of consecutive documents. Raises UserError if index or tokens are damaged."""
     begin = documents.start
     bounds = read_array(index_stream, index.documents_at + 8 * begin, "<i8", len(documents) + 1)
     if np.any(np.diff(bounds) < 0) or bounds[0] < 0 or bounds[-1] > index.sequences:
@@ -100,7 +100,7 @@ def block_tokens(
 def document_sequences(
     tokens: IO[bytes], dtype: np.dtype, pointers: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> list[npt.NDArray[np.integer]]:
-    """Return the sequences of one document. Those that lie one after another are read at once."""
+    """Return the sequences of one document, with a single read if they are contiguous in the file."""
     if not len(pointers):
         return []
     if np.array_equal(pointers[1:], pointers[:-1] + lengths[:-1] * dtype.itemsize):
@@ -111,7 +111,7 @@ def document_sequences(
 
 @contextlib.contextmanager
 def open_names(prefix: str) -> Iterator[Any]:
-    """Open the documents sidecar of a shard of our own: its record batch."""
+    """Yield the record batch of the documents table of a shard by `ettin prepare`. Raises UserError if damaged."""
     import pyarrow
     import pyarrow.ipc
 
@@ -131,16 +131,16 @@ def names(table: Any, begin: int, end: int) -> list[str]:
 
 
 def pair_at(given: str, name: str, source: str) -> InputFile | None:
-    """Return the pair that a prefix, an .idx or a .bin names; None where there is no .idx."""
+    """Return the .bin/.idx pair that `given` names: its prefix, its .idx or its .bin. None if there is no .idx."""
     prefix = given[:-4] if given.endswith((".idx", ".bin")) else given
     index = find(prefix + ".idx")
     return None if index is None else pair_of(index, name, source, strict=True)
 
 
 def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | None:
-    """Return the pair of an .idx file.
+    """Return the .bin/.idx pair of an .idx file. Raises UserError if the .bin is missing.
 
-    One that is not Megatron's is None, or with `strict` a UserError.
+    If the file is not a Megatron index, return None, or with `strict` raise UserError.
     """
     with open_input(index.url) as stream:
         magic = stream.read(len(MAGIC))
@@ -159,7 +159,8 @@ def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | N
 def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
     """Return the shards of a dataset that `ettin prepare` made, in order. Raises UserError.
 
-    None where manifest.json is something else. The held-out part is a dataset of its own and not included.
+    Returns None if manifest.json is something else. The held-out part is another dataset and is not included. `name`
+    is the folder's name in the dataset to be made, `source` its INPUT.
     """
     path = joined(folder, "manifest.json")
     raw = read_json(path)

@@ -33,7 +33,7 @@ def text_document(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 
 
 def begins_with_json_object(text: str) -> bool:
-    """Return whether the first line that is not blank is a JSON object: JSON lines under a text's name."""
+    """Return whether the first line that is not blank is a JSON object, as in JSON lines with a text's extension."""
     visible = NOT_BLANK.search(text)
     start = visible.start() if visible else 0
     end = text.find("\n", start)
@@ -47,7 +47,7 @@ def begins_with_json_object(text: str) -> bool:
 
 
 def whole_text(file: InputFile) -> str:
-    """Return a text file's content, without a byte order mark."""
+    """Return a text file's content, without a byte order mark. Raises UserError."""
     raw = b"".join(blocks(file))
     if file.compression is None and len(raw) < file.bytes:
         raise shrunk(file, len(raw))
@@ -58,7 +58,7 @@ def whole_text(file: InputFile) -> str:
 
 
 def decoded(raw: bytes, offset: int) -> str:
-    """Decode UTF-8 without NUL. `offset` is where `raw` begins in its file."""
+    """Decode UTF-8. Raises UserError for other bytes or a NUL. `offset` is the position of `raw` in its file."""
     if (zero := raw.find(b"\x00")) >= 0:
         raise UserError(f"not text, a NUL byte at offset {offset + zero}")
     try:
@@ -71,8 +71,8 @@ def decoded(raw: bytes, offset: int) -> str:
 def json_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
     """Yield a document for every line that begins in the segment. Raises UserError.
 
-    Without an id of its own a document is `file:line` or, in a file that is cut, `file@byte`, because nobody has
-    counted the lines before.
+    A document without an id is named `file:line` or, in a file that is split, `file@byte`, because the lines before the
+    segment are not counted.
     """
     file = segment.file
     for number, offset, raw in lines(segment):
@@ -88,7 +88,7 @@ def json_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]
 
 
 def parsed(raw: bytes, offset: int, options: ReadOptions) -> tuple[str, Any]:
-    """Return (text, id or None) of one line. Raises UserError with what is wrong, without file and line."""
+    """Return (text, id or None) of one line. Raises UserError whose message does not name file and line."""
     line = decoded(raw, offset)
     try:
         record = load_json(line.removeprefix("\ufeff") if offset == 0 else line)
@@ -112,7 +112,7 @@ def text_of(record: Any, text_key: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """Replace each half of an escaped surrogate pair, which is no character, by U+FFFD as the standard says."""
+    """Replace each unpaired surrogate, which is no character, by U+FFFD as the Unicode standard says."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -121,7 +121,7 @@ def whole_characters(text: str) -> str:
 
 
 def lines(segment: Segment) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (line number, 0 in a file that is cut; offset; line without its end) of lines that begin in the segment."""
+    """Yield (number, byte offset, content) of each line that begins in the segment; in a split file the number is 0."""
     number, step = (1, 1) if segment.is_whole else (0, 0)
     if segment.file.compression:
         offset = 0

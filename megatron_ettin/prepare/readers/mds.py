@@ -1,8 +1,8 @@
 """Read the samples of an MDS shard, one after another. A compressed shard is decompressed as it is read.
 
 A shard is: the number of samples n (uint32), n + 1 offsets of their bounds (uint32), the columns as JSON, the samples.
-A sample is: the size (uint32) of each column whose size varies, then the columns. An `ndarray` column says its dtype
-and shape in the encoding ("ndarray:uint16:10,20"); what the encoding leaves out stands before the values. Memory is
+A sample is: the size (uint32) of each column whose size varies, then the columns. The encoding of an `ndarray` column
+has its dtype and shape ("ndarray:uint16:10,20"). If it leaves one out, the data has it before the values. Memory is
 bounded by a shard's offsets (some 20 bytes a sample) and one sample. The hashes of the index are checked while reading,
 so that a damaged shard never becomes part of a dataset.
 """
@@ -31,7 +31,7 @@ from megatron_ettin.prepare.readers.document import Document, ReadOptions, docum
 from megatron_ettin.prepare.readers.mds_index import MdsShard, index_of, shard_from_json
 
 SIZE = struct.Struct("<I")
-# by the two low bits before a shape
+# dtypes of the sizes in a shape, by the two low bits of the byte before them
 SHAPE_DTYPES = ("<u1", "<u2", "<u4", "<u8")
 # the byte before values whose encoding names no dtype -> dtype
 VALUE_DTYPES = {
@@ -54,8 +54,8 @@ TEXT_ENCODINGS = ("str", "str_int")
 def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of a shard. Raises UserError.
 
-    Where something is wrong in a shard with hashes, these are checked first: the message is then that the shard is
-    damaged, not that a token id is wrong.
+    If reading fails, the shard's hashes are checked, so that the message is that the shard is damaged and not, for
+    example, that a token id is wrong.
     """
     shard = shard_from_json(segment.file.detail)
     try:
@@ -69,7 +69,7 @@ def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 
 
 def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> Iterator[Document]:
-    """Yield the documents of a shard that is believed to be whole."""
+    """Yield the documents of a shard. A damaged one raises UserError, at its end at the latest."""
     encodings = {name: encoding for name, encoding, _ in shard.columns}
     columns = choose_columns(encodings, options, index_of(file), lambda encoding: encoding == "str", is_id_array)
     numbers = {name: i for i, (name, *_) in enumerate(shard.columns)}
@@ -87,19 +87,19 @@ def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> I
 
 
 def is_id_array(encoding: str) -> bool:
-    """Return whether an encoding is that of an ndarray of integers. One that names no dtype is checked in the data."""
+    """Return whether an encoding is an ndarray of integers, or of a dtype that only the data tells."""
     name, _, rest = encoding.partition(":")
     dtype = rest.partition(":")[0]
     return name == "ndarray" and (not dtype or is_integer(dtype))
 
 
 def is_integer(dtype: str) -> bool:
-    """Return whether a dtype's name is that of integers."""
+    """Return whether a name is that of one of MDS's integer dtypes."""
     return dtype in VALUE_DTYPES.values() and np.issubdtype(np.dtype(dtype), np.integer)
 
 
 class HashedBlocks:
-    """Blocks passed on, with the digests of what went through."""
+    """Iterable of the given blocks that counts their bytes and computes their digests. `expected`: name -> digest."""
 
     def __init__(self, blocks: Iterator[bytes], expected: dict[str, str]) -> None:
         self.bytes = 0
@@ -115,7 +115,7 @@ class HashedBlocks:
             yield block
 
     def check(self, what: str, index: str) -> None:
-        """Raise UserError where a digest is not the expected one."""
+        """Raise UserError if a digest is not the expected one. `what` and `index` name them in the message."""
         for name, digest in self._digests.items():
             if digest.hexdigest() != self._expected[name]:
                 digests = f"{digest.hexdigest()}, {index} says {self._expected[name]}"
@@ -123,7 +123,7 @@ class HashedBlocks:
 
 
 def hash_function(name: str) -> Callable[[], Any] | None:
-    """Return the function that an index names; None for one that is not there (xxhash is an extra)."""
+    """Return the constructor of a hash by its name; None if it is unknown or needs xxhash, which is not installed."""
     if name in hashlib.algorithms_guaranteed and not name.startswith("shake_"):
         return lambda: hashlib.new(name, usedforsecurity=False)
     if name.startswith("xx"):
@@ -136,7 +136,7 @@ def hash_function(name: str) -> Callable[[], Any] | None:
 
 
 class Reader:
-    """Exact reads from blocks."""
+    """Reader of a stream of blocks. `offset` is the number of bytes read so far."""
 
     def __init__(self, blocks: Iterator[bytes], where: str) -> None:
         self._blocks = blocks
@@ -146,7 +146,7 @@ class Reader:
         self.offset = 0
 
     def read(self, size: int, what: str) -> bytes:
-        """Return the next `size` bytes. Raises UserError where there are fewer; `what` names them."""
+        """Return the next `size` bytes. Raises UserError if there are fewer; `what` names them in the message."""
         pieces: list[bytes] = []
         missing = size
         while missing:
@@ -191,7 +191,7 @@ def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
 
 
 def bounded(blocks: Iterator[bytes], most_bytes: int, url: str, index: str) -> Iterator[bytes]:
-    """Pass blocks on, and refuse more than the index says: a small file can unfold into terabytes."""
+    """Yield the blocks. Raises UserError beyond `most_bytes`, because a small file can decompress to terabytes."""
     total = 0
     for block in blocks:
         total += len(block)
@@ -201,7 +201,7 @@ def bounded(blocks: Iterator[bytes], most_bytes: int, url: str, index: str) -> I
 
 
 def read_bounds(reader: Reader, file: InputFile, shard: MdsShard, index: str) -> npt.NDArray[np.int64]:
-    """Return the offsets of the samples' bounds [samples + 1], checked to lie in the shard in order."""
+    """Return the offsets of the samples' bounds [samples + 1]. Raises UserError if they do not ascend within it."""
     (count,) = SIZE.unpack(reader.read(SIZE.size, "its first number"))
     if count != shard.samples:
         raise UserError(f"{file.url}: holds {count} samples, {index} says {shard.samples}")
@@ -243,7 +243,7 @@ def text_value(raw: bytes, where: str) -> str:
 
 
 def scalar(raw: bytes, encoding: str, where: str) -> str | None:
-    """Return a document id; None where the column cannot be one."""
+    """Decode the value of an id column; None if its encoding is neither text nor integer."""
     if encoding in TEXT_ENCODINGS or encoding == "bytes":
         return text_value(raw, where)
     dtype = INTEGER_ENCODINGS.get(encoding)
@@ -251,7 +251,7 @@ def scalar(raw: bytes, encoding: str, where: str) -> str | None:
 
 
 def array_rows(raw: bytes, encoding: str, where: str) -> list[npt.NDArray[np.integer]]:
-    """Return an ndarray's rows along its last axis; a plain list of ids is one row. Raises UserError."""
+    """Decode an ndarray and return its rows along the last axis; a 1-D array is one row. Raises UserError."""
     dtype_name, _, shape_text = encoding.partition(":")[2].partition(":")
     position = 0
     try:

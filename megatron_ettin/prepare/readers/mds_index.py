@@ -1,8 +1,8 @@
-"""Read index.json of an MDS directory (mosaicml-streaming's format, version 2): its shards and what is in them.
+"""Read index.json of an MDS directory (mosaicml-streaming's format, version 2): its shards and their columns.
 
-The index is all that is believed: its shards are read, in its order, and nothing else in the directory. A root index
-may name shards in sub-directories ("a/shard.00000.mds"), as merged indices do; the sub-directories' own indices, which
-name the same shards, are then left alone. Without a root index every sub-directory with an index is read.
+The shards that the index names are read, in its order, and no other file of the directory. A root index may name shards
+in sub-directories ("a/shard.00000.mds"), as merged indices do; the sub-directories' own indices, which name the same
+shards, are then ignored. Without a root index every sub-directory with an index is read.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ READ_COMPRESSION = "zstd"
 
 @dataclass(frozen=True)
 class MdsShard:
-    """Shard as the index describes it. No path is kept: a dataset does not depend on where its inputs lay."""
+    """Shard as the index describes it. It has no path, because a dataset does not depend on its inputs' paths."""
 
     file_name: str
     """Name of the file that is read, as in the index."""
     samples: int
     columns: tuple[tuple[str, str, int | None], ...]
-    """Name, encoding, bytes where fixed."""
+    """Name, encoding and size in bytes of each column; None if the size varies."""
     raw_bytes: int
     raw_hashes: dict[str, str]
-    """Algorithm -> hexadecimal digest, of the shard when not compressed."""
+    """Algorithm -> hexadecimal digest of the uncompressed shard."""
     file_hashes: dict[str, str]
-    """Digests of the file that is read: the compressed one, or as above."""
+    """Algorithm -> hexadecimal digest of the file that is read, which may be compressed."""
 
     def to_json(self) -> str:
         """Return the shard as a JSON text."""
@@ -53,7 +53,9 @@ def shard_from_json(text: str) -> MdsShard:
 
 
 def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
-    """Return the shards in the index's order, sizes checked; None where index.json is not an index of shards.
+    """Return the shards in the index's order, sizes checked; None if index.json is not an index of shards.
+
+    `listed` holds the folder's entries by file name; `name` is the folder's name in the dataset, `source` its INPUT.
 
     Raises:
         UserError: the index is damaged, or a shard is missing or has another size.
@@ -73,7 +75,10 @@ def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) 
 def mds_file(
     folder: str, number: int, shard: Any, present: dict[str, dict[str, Entry]], name: str, source: str
 ) -> InputFile:
-    """Return the file of one shard that is there, uncompressed before compressed. Raises UserError."""
+    """Return the file of shard `number`: the uncompressed one if it exists, else the compressed one. Raises UserError.
+
+    `shard` is its entry in index.json. `present` is the cache of `entry_in`.
+    """
     path = joined(folder, INDEX_NAME)
     try:
         if (shard["format"], shard["version"]) != ("mds", FORMAT_VERSION):
@@ -109,13 +114,13 @@ class StoredFile:
     """A shard's file as its index describes it."""
 
     name: object
-    """Unchecked; `entry_in` refuses what is no name."""
+    """Name as in the index, unchecked; `entry_in` refuses an invalid one."""
     bytes: int
     hashes: dict[str, str]
 
 
 def stored_file(described: Any) -> StoredFile:
-    """Return the file. Raises KeyError, TypeError, ValueError, OverflowError and AttributeError for what is none."""
+    """Build the file from JSON. Raises KeyError, TypeError, ValueError, OverflowError or AttributeError if invalid."""
     return StoredFile(described["basename"], int(described["bytes"]), dict(described.get("hashes") or {}))
 
 
@@ -125,7 +130,10 @@ def _is_column(name: Any, encoding: Any, size: Any) -> bool:
 
 
 def entry_in(folder: str, file_name: object, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
-    """Describe a file that an index names, from one listing of each directory, which `present` keeps."""
+    """Return the entry of a file that the index `path` names, None if absent. Raises UserError for an invalid name.
+
+    `present` caches each directory's listing: directory -> URL -> entry.
+    """
     url = joined_in(folder, file_name, path, nested=True)
     inside = parent_of(url)
     if inside not in present:
