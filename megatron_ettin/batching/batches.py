@@ -1,7 +1,7 @@
 """Bring the micro-batches of a step to this rank's device.
 
-Everything is a pure function of (config, data, step). host.py makes a micro-batch in host memory, here or in a loader's
-worker; this module copies it to the device.
+Everything is a pure function of (config, data, step). host.py makes a micro-batch in host memory, in this process or in
+a loader's worker; this module copies it to the device.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def row_tokens(config: Config, topology: Topology) -> int:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Inputs and labels of one forward pass in host memory, ready to be copied to the device as a `MicroBatch`."""
+    """Inputs and labels of one forward pass in host memory. A `MicroBatch` is its copy on the device."""
 
     input_ids: HostArray
     """Token ids [rows, row tokens / cp]; [1, tokens / cp] if rows are laid end to end."""

@@ -115,7 +115,7 @@ def copy_path(dataset: Dataset, root: Path) -> Path:
 def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path) -> Iterator[FolderCopy]:
     """Yield the folders of a dataset and its packing index that are not copied to `root` yet.
 
-    A copy that lost a file goes back to its staging folder, where the file is added.
+    A copy that lost a file is renamed to its staging folder, so that only this file is copied again.
     """
     target = copy_path(dataset, root)
     names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}

@@ -39,7 +39,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def pack(lengths: npt.NDArray[np.integer], row_tokens: int) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Pack chunks 0 .. n-1 of the given lengths (1 .. row_tokens each) into rows. Every chunk comes exactly once.
+    """Pack chunks 0 .. n-1 of the given lengths (1 .. row_tokens each) into rows. Every chunk is in exactly one row.
 
     Yields:
         For each window of rows: the chunk numbers, row after row, and the number of chunks of each row.

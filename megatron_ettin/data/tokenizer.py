@@ -219,7 +219,7 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
     if path.is_file():
         return from_file(path, {}, name)
     if path.is_dir():
-        # a dataset has a copy of its own in tokenizer/
+        # a dataset has a copy of its tokenizer in tokenizer/
         for folder in (path, path / "tokenizer"):
             if (folder / "tokenizer.json").is_file():
                 return from_directory(folder, name)

@@ -109,7 +109,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "hf", "memory"))
         raise UserError(f"{url}: {first_line(error)}; known are {known} and what else fsspec knows") from None
     except Exception as error:
-        # each file system has exceptions of its own: credentials, networks
+        # each file system has its own exceptions, for example for credentials and networks
         raise unreachable(url, error) from None
 
 

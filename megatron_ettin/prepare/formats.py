@@ -1,6 +1,6 @@
 """Tell the format of an input by its name, and which formats one folder may hold.
 
-This is strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one format never
+This is strict on purpose: a file with an unknown extension is never taken for text, and a file of one format never
 decides that files of another are left out. Files that are passed over are recorded with a reason and reported at the
 end.
 """
@@ -90,7 +90,7 @@ def extensions(entries: list[Entry]) -> str:
 
 
 def format_of_name(name: str) -> tuple[str | None, str | None]:
-    """Return (format, compression) that a file's extensions tell; either is None if they do not tell it."""
+    """Return (format, compression) by a file's extensions. The format is None if unknown, the compression if none."""
     stem, suffix = os.path.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression is None:
@@ -108,8 +108,8 @@ def one_format_per_folder(files: Iterable[InputFile], passed_over: PassedOver) -
     """Return the files to read, without READMEs and the like that lie in or above a folder with data.
 
     Raises:
-        UserError: a folder holds files of two formats, texts lie above files of another format, or texts come with a
-            Megatron dataset. The message names a file of each format.
+        UserError: a folder holds files of two formats, texts lie above files of another format, or an INPUT has both
+            texts and a Megatron dataset. The message names a file of each format.
     """
     files = list(files)
     held: dict[str, dict[str, InputFile]] = {}

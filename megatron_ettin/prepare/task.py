@@ -112,7 +112,7 @@ def read_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]
     except UserError:
         raise
     except Exception as error:
-        # each remote file system has exceptions of its own
+        # each remote file system has its own exceptions
         if local_path(url) is None:
             raise unreachable(url, error) from None
         if isinstance(error, OSError):

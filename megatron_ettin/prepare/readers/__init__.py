@@ -1,1 +1,1 @@
-"""One module per format: it lists the files of a directory in the format, and reads documents from a range of a file."""
+"""One module per format: it lists the files of a directory in the format, and reads documents from part of a file."""
