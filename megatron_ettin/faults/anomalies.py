@@ -1,11 +1,12 @@
-"""Judge whether a step's loss and gradient norm are numbers to train on.
+"""Decide from a step's loss and gradient norm whether the weights should be updated.
 
 A figure that is not finite is an anomaly, and so is a spike: a gradient norm whose logarithm lies more than
 `resilience.spike_sigmas` robust standard deviations above the median of the latest `spike_window` steps, and that is at
-least `spike_ratio` times that median. Median and spread (the median absolute deviation) do not move with the spikes
-themselves; the logarithm makes a norm that is often twice its usual value an ordinary one. `tools/spike_rate.py`
-measures how often a healthy run is called a spike. All ranks judge the same global figures, so all come to the same;
-what is remembered is part of the run's progress, so a resumed run judges as one that never stopped.
+least `spike_ratio` times that median. The standard deviation is estimated from the median absolute deviation. Both
+medians hardly change when the window contains spikes. Logarithms are compared because norms vary by factors: in a run
+whose norm often doubles, twice the median is no spike. `tools/spike_rate.py` measures how often a healthy run is called
+a spike. All ranks judge the same global figures, so all decide alike. The recent norms are part of the run's progress,
+so a resumed run decides like one that never stopped.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from megatron_ettin.config.operations import ResilienceConfig
 
 # median absolute deviation of a normal distribution of standard deviation 1
 NORMAL_MAD = 0.674489750196
-# smallest norm that has a logarithm
+# smaller norms count as this one, because zero has no logarithm
 SMALLEST_NORM = 1e-300
-# largest exponent whose exponential is a finite float
+# bound of the exponent, so that math.exp does not overflow
 LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A step whose figures are not to be trusted."""
+    """Abnormal loss or gradient norm of a step, and what to do about it."""
 
     why: str
+    """Figure, value and limit, for the log."""
     action: str
-    """"skip" leaves the update out, "stop" ends the run, "warn" and "ignore" make the update and report it."""
+    """"skip" leaves the update out, "stop" also ends the run, "warn" and "ignore" make the update and report it."""
 
     @property
     def leaves_out(self) -> bool:
@@ -44,21 +46,21 @@ class AnomalyDetector:
 
     settings: ResilienceConfig
     recent: tuple[float, ...] = ()
-    """Gradient norms of the steps before, the latest last."""
+    """Gradient norms of up to `spike_window` previous steps, the latest last."""
     can_skip: bool = True
-    """False for an engine that updates before the figures are known."""
+    """False if the engine updates the weights before loss and gradient norm are known."""
 
     @property
     def skips(self) -> bool:
-        """Return whether the update has to wait for the verdict."""
+        """Return whether the update must wait for `judge`, because `judge` may forbid it."""
         wanted = (self.settings.on_nonfinite, self.settings.on_spike)
         return self.can_skip and any(action in ("skip", "stop") for action in wanted)
 
     def judge(self, loss: float, grad_norm: float) -> Anomaly | None:
-        """Return the anomaly in a step's figures, or None."""
+        """Return the anomaly in a step's mean loss and global gradient norm, or None."""
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
-                # with the weights already updated, what may not be kept ends the run
+                # if the weights are already updated, the step can no longer be skipped, so the run ends
                 action = self.settings.on_nonfinite
                 return Anomaly(f"{name} is {value}", "stop" if action == "skip" and not self.can_skip else action)
         limit, action = self.limit(), self.settings.on_spike
@@ -81,7 +83,8 @@ class AnomalyDetector:
     def after(self, loss: float, grad_norm: float) -> tuple[float, ...]:
         """Return `recent` for the next step.
 
-        A spike is kept, so that the later steps of a new level are no spikes. A figure that is not finite is not kept.
+        A spike is added too: if the norm stays high, it is soon no spike any more. Steps with a figure that is not
+        finite are not added.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self.recent
@@ -89,7 +92,7 @@ class AnomalyDetector:
 
 
 def start_note(settings: ResilienceConfig, engine: str, can_skip: bool) -> str | None:
-    """Return a line where the settings ask for what the engine cannot do, else None."""
+    """Return a log line if the settings ask for skipped updates and the engine cannot skip; otherwise None."""
     if can_skip or "skip" not in (settings.on_nonfinite, settings.on_spike):
         return None
     return (

@@ -50,7 +50,7 @@ TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def comparable_facts(config: Config, corpus: BlendedDataset) -> dict[str, str]:
-    """Return the values that must be equal on all ranks, by their names in the message."""
+    """Return the values that must be equal on all ranks, by the name that an error message gives them."""
     return {
         "code of megatron_ettin": f"{megatron_ettin.__version__} ({code_hash()})",
         "libraries": library_versions(),
@@ -61,9 +61,12 @@ def comparable_facts(config: Config, corpus: BlendedDataset) -> dict[str, str]:
 
 
 def check_ranks_consistent(config: Config, corpus: BlendedDataset) -> None:
-    """Compare all ranks of the default group (collective).
+    """Check that all ranks have the same code, libraries, configuration, data order and tokenizer (collective).
 
-    Raises UserError, the same on each rank, naming the ranks that differ from the majority.
+    Rank 0 warns if the hosts' clocks differ.
+
+    Raises:
+        UserError: on every rank, naming the ranks that differ from the majority.
     """
     if world_size() == 1:
         return
@@ -84,17 +87,21 @@ class WeightHashMismatchError(RuntimeError):
 
 
 class WeightHashCheck(Hook):
-    """Compare the replicas every `resilience.check_replicas_every` steps."""
+    """Compares the weights that several ranks hold, every `resilience.check_replicas_every` steps."""
 
     def step(self, run: Run, info: StepResult) -> None:
-        """Compare the replicas after a step where that is due (collective)."""
+        """Compare the weights if this step is one of those (collective)."""
         every = run.config.resilience.check_replicas_every
         if every is not None and info.step % every == 0:
             check_weight_hashes(run.train_state, info.step)
 
 
 def check_weight_hashes(train_state: TrainState, step: int) -> None:
-    """Compare the weights that several ranks hold (collective). Raises WeightHashMismatchError naming the odd rank."""
+    """Compare the weights that several ranks hold, after `step` steps (collective).
+
+    Raises WeightHashMismatchError on the rank that differs (if only two ranks hold a weight, on both) and
+    PeerFailureError on the others.
+    """
     parallel, layout = train_state.config.parallel, train_state.layout
     if layout.topology.world == 1 or (parallel.engine == "deepspeed" and zero_stage(parallel) == 3):
         # ZeRO-3 holds each weight once
@@ -114,7 +121,7 @@ def check_weight_hashes(train_state: TrainState, step: int) -> None:
 
 
 def weight_bit_sums(train_state: TrainState) -> dict[str, tuple[bool, int]]:
-    """Return for each weight of this rank whether tensor parallelism shards it, and the sum of its bits."""
+    """Return, by weight name of this rank, (whether tensor parallelism shards the weight, `sum_of_bits` of it)."""
     sums: dict[str, tuple[bool, int]] = {}
     for number, chunk in enumerate(train_state.model_chunks):
         for name, weight in chunk.named_parameters():
@@ -126,10 +133,14 @@ def weight_bit_sums(train_state: TrainState) -> dict[str, tuple[bool, int]]:
 def first_differing_rank(
     ranks: list[tuple[str, MeshCoord, dict[str, tuple[bool, int]]]],
 ) -> tuple[int, int, str, int] | None:
-    """Find the first weight that differs between its replicas; None where all agree.
+    """Find the first weight that differs between its replicas.
+
+    Args:
+        ranks: host, coordinate and `weight_bit_sums` of each rank.
 
     Returns:
-        The rank that differs from the majority, one rank of the majority, the weight's name, the majority's size.
+        The rank that differs from the majority, one rank of the majority, the weight's name, the majority's size; None
+        if all replicas agree.
     """
     groups: dict[tuple[Any, ...], dict[int, int]] = {}
     for rank, (_, (pp, tp, _, _), weights) in enumerate(ranks):
@@ -157,16 +168,17 @@ class SilentDataCorruptionError(RuntimeError):
 
 
 def replay_check(train_state: TrainState, batches: Batches, step: int) -> str:
-    """Run the forward pass of `step` (from 0) twice and return a line, the same on every rank (collective).
+    """Run the forward pass of `step` (from 0) twice, and return a log line if the bits are equal (collective).
 
-    Raises SilentDataCorruptionError naming the ranks whose layer differed first.
+    If they differ, raises SilentDataCorruptionError on the ranks whose layer differed first, and PeerFailureError on
+    the others.
     """
     first, second = (digests(train_state, batches, step) for _ in range(2))
     ranks = all_gather_object((socket.gethostname(), first_changed_layer(first, second)))
     differences = [(where, rank, host) for rank, (host, where) in enumerate(ranks) if where is not None]
     if not differences:
         return "computed twice more, all ranks have the same bits: look at the data and the learning rate"
-    # the layers after it have wrong inputs
+    # layers after the first difference have wrong inputs, so they show nothing about their own rank
     earliest = min(where for where, _, _ in differences)
     named = {rank: f"rank {rank} on {host}" for where, rank, host in differences if where == earliest}
     micro_batch, layer = earliest
@@ -178,13 +190,13 @@ def replay_check(train_state: TrainState, batches: Batches, step: int) -> str:
 
 
 def first_changed_layer(first: list[Digest], second: list[Digest]) -> Difference | None:
-    """Return the first layer whose output differs between two passes; None where all agree."""
+    """Return the first micro-batch and layer whose output differs between two passes; None if all agree."""
     pairs = zip(first, second, strict=True)
     return min(((a[0], a[1]) for a, b in pairs if a != b), default=None)
 
 
 def digests(train_state: TrainState, batches: Batches, step: int) -> list[Digest]:
-    """Return the digests of this rank's layers in one forward pass of a step, in order (collective)."""
+    """Return the digests of this rank's layers in one forward pass of `step` (from 0), in order (collective)."""
     layers: list[Digest] = []
     train_state.finish_param_sync()
     with torch.no_grad(), contextlib.ExitStack() as stack:

@@ -1,9 +1,10 @@
-"""Hold what a rank's main thread does: its phase for the watchdog and the supervisor, its seconds for the stragglers.
+"""Record the phase of a rank's main thread (for watchdog and supervisor) and its seconds (for the stragglers' hook).
 
-The supervisor of a launch (launch/supervisor) reads a heartbeat: rank 0 writes what it does and how long that may take
-at most, and a launch that has been silent for longer is ended. All ranks move in step, so one heartbeat is enough. The
-ranks themselves notice a hang earlier (watchdog.py), by the statuses in RUN/watch: each rank writes one, seldom while
-all goes well and once more when it sees no progress. Clocks of two hosts are not compared to decide anything.
+The supervisor of a launch (launch/supervisor) reads a heartbeat file: rank 0 writes its phase and the longest time that
+the phase may take, and the supervisor ends a launch that has been silent for longer. All ranks move in step, so one
+heartbeat is enough. The ranks themselves notice a hang earlier (watchdog.py). Each rank writes a status to RUN/watch
+every `hang_seconds` / 4, and once more when it sees no progress. These statuses show which rank the others wait for.
+Nothing is decided by comparing the clocks of two hosts.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any, TypeVar
 from megatron_ettin.parallel.failure_report import HEARTBEAT, write_status
 from megatron_ettin.platform import Platform
 
-# steps may be shorter; a shared file system need not see each
+# shortest time between two heartbeats of steps, to spare a shared file system
 BEAT_SECONDS = 2.0
-# everything but a step (start, first step, evaluation, save) may take so many times hang_seconds
+# a phase that is no step (start, first step, evaluation, save) may take this many times hang_seconds
 SLOW_FACTOR = 6
-# time that the supervisor leaves the ranks' own watchdogs, which can report more than it can
+# additional time before the supervisor acts, because the ranks' own watchdogs can report more than it can
 WATCHDOG_SECONDS = 30.0
 BETWEEN_STEPS = "between two steps"
 DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE = (
@@ -35,7 +36,7 @@ DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE = (
     "the sum of the step's figures",
     "the update of weights",
 )
-# the order in which a rank passes the phases; any other phase comes before all
+# order in which a rank passes the phases; a phase that is not listed counts as earlier than all
 ORDER = (
     *("starting", "first step", "evaluating", BETWEEN_STEPS, "waiting for a save", "saving weights"),
     *("saving a checkpoint", "going on from a save", DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE),
@@ -49,32 +50,32 @@ class Heartbeat:
     """State of this rank's main thread, for its watchdog and for the supervisor."""
 
     folder: Path | None = None
-    """Folder of the supervisor; None on every rank but 0."""
+    """Folder that the supervisor reads; None without a supervisor and on every rank but 0."""
     hang_seconds: float = 600.0
-    """The longest that a step may take."""
+    """Longest time that a step may take."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Figures of the latest step: step, tokens, saved_step."""
     doing: str = "starting"
-    """The phase, or the part of a step."""
+    """Current phase, or part of a step."""
     limit_seconds: float = 0.0
-    """Longest time that the phase may take."""
+    """Longest time that the phase may take; 0 before the first phase: no limit."""
     ticks: int = 0
     """Number of phases that have ended; the parts of a step do not count as progress."""
     _last: float = 0.0
 
     def step(self, **figures: Any) -> None:
-        """Report that a step or a slow phase has ended; `figures` are kept for later beats."""
+        """Report that a step or a slow phase has ended, and update `figures`, which later heartbeats repeat."""
         self._move(BETWEEN_STEPS, self.hang_seconds, figures)
         if time.monotonic() - self._last > BEAT_SECONDS:
             self._beat("step")
 
     def enter(self, doing: str, limit_seconds: float | None = None, **figures: Any) -> None:
-        """Enter a phase that may take longer than a step."""
+        """Enter a phase that may take longer than a step: `limit_seconds`, or `SLOW_FACTOR` * `hang_seconds`."""
         self._move(doing, limit_seconds or self.hang_seconds * SLOW_FACTOR, figures)
         self._beat(doing)
 
     def set_phase(self, doing: str) -> None:
-        """Set which part of a step this rank is in; the step's time goes on."""
+        """Set the part of a step that this rank is in. This does not restart the step's time limit."""
         self.doing = doing
 
     def _move(self, doing: str, limit_seconds: float, figures: dict[str, Any]) -> None:
@@ -98,7 +99,7 @@ class StepTimer:
         self.platform = platform
         self.heartbeat = Heartbeat()
         self.seconds = 0.0
-        """Seconds of the last step until its first sum; on a GPU of the device's time."""
+        """Seconds of the last step until its first sum over the ranks, measured on the device if it is a GPU."""
         self._began: Any = None
         self._arrived: Any = None
 
@@ -115,12 +116,12 @@ class StepTimer:
             self.heartbeat.set_phase(DATA)
 
     def arrive(self) -> None:
-        """Mark the first sum over all ranks."""
+        """Record the time before the first sum over all ranks."""
         self.heartbeat.set_phase(REDUCE)
         self._arrived = self.platform.record_event()
 
     def end(self) -> None:
-        """End the step, once the device has finished it."""
+        """Compute `seconds`, once the device has finished the step."""
         if self._arrived is not None:
             self.seconds = self.platform.elapsed_seconds(self._began, self._arrived)
 
@@ -153,14 +154,15 @@ class RankStatus:
     stalled: bool
     """True if the rank sees no progress."""
     age_seconds: float
+    """Seconds since it was written, by this host's clock."""
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Return the steps done and the order of the phase, which compare as ranks are ahead of each other."""
+        """Return (finished steps, index of the phase in `ORDER`), which is greater for a rank that is further ahead."""
         return self.step, ORDER.index(self.doing) if self.doing in ORDER else -1
 
     def describe(self) -> str:
-        """Return `reading data of step 12` or `saving a checkpoint after step 11`."""
+        """Return a text such as `reading data of step 12` or `saving a checkpoint after step 11`."""
         in_step = self.progress[1] >= ORDER.index(DATA)
         return f"{self.doing} of step {self.step + 1}" if in_step else f"{self.doing} after step {self.step}"
 
@@ -171,13 +173,13 @@ def status_path(folder: Path, rank: int) -> Path:
 
 
 def write_rank_status(folder: Path, launch: str, peer: RankInfo, heartbeat: Heartbeat, stalled: bool) -> None:
-    """Write that this rank is alive and what it does.
+    """Write this rank's status file.
 
     Args:
         folder: RUN/watch.
-        launch: name of the run's launch; files of another one are ignored.
+        launch: name of this launch; a reader ignores the files of other launches.
         peer: this rank.
-        heartbeat: what its main thread does.
+        heartbeat: its heartbeat, from which step and phase are taken.
         stalled: whether it sees no progress.
     """
     doing = {"step": heartbeat.figures.get("step", 0), "doing": heartbeat.doing, "stalled": stalled}
@@ -185,12 +187,12 @@ def write_rank_status(folder: Path, launch: str, peer: RankInfo, heartbeat: Hear
 
 
 def read_rank_status(folder: Path, launch: str, rank: int) -> RankStatus | None:
-    """Return the latest status of a rank; None where it wrote none in this launch."""
+    """Return the latest status of a rank; None if it wrote none in this launch or it cannot be read."""
     try:
         record: dict[str, Any] = json.loads(status_path(folder, rank).read_text(encoding="utf-8"))
         if record["launch"] != launch:
             return None
-        # to be shown, not to decide by
+        # for messages only, because the hosts' clocks may differ
         age = max(0.0, time.time() - float(record["time"]))
         return RankStatus(int(record["step"]), str(record["doing"]), bool(record["stalled"]), age)
     except (OSError, ValueError, KeyError, TypeError):

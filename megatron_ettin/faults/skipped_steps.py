@@ -1,7 +1,7 @@
-"""Record a step whose figures are anomalous, with its rows and documents, and stop the run where that is configured.
+"""Record a step whose figures are anomalous, with its rows and documents, and stop the run if that is configured.
 
-`RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for the step. `RUN/bad_steps.jsonl` has a line for
-each; a step that was trained again after a restart has a line again.
+`RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for step 12. `RUN/bad_steps.jsonl` has a line for
+each anomalous step, and another one if the step was trained again after a restart and was anomalous again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDER = "bad_steps"
 
 
 class TrainingStoppedError(RuntimeError):
-    """The run cannot go on, for a reason that is no mistake in the configuration (exit 1)."""
+    """The run cannot continue, and not because of a mistake in the configuration (exit status 1)."""
 
 
 class BadNumbersError(TrainingStoppedError):
@@ -34,17 +34,20 @@ class BadNumbersError(TrainingStoppedError):
 
 
 def handle_anomaly(run: Run, info: StepResult, anomaly: Anomaly, after: Progress) -> None:
-    """Report a step with bad figures and, where `resilience.recheck` is set, tell data from hardware (collective).
+    """Report an anomalous step, in the log, in RUN/bad_steps and in `info.extra` (collective).
+
+    If `resilience.recheck` is set, a replay check first tells bad data from faulty hardware.
 
     Args:
         run: the run.
-        info: the step.
-        anomaly: what is wrong with it.
+        info: result of the step.
+        anomaly: anomaly of the step.
         after: the progress after the step.
 
     Raises:
-        BadNumbersError: the run is to end. Every rank has the same figures, so that all raise it, before anything of
-            the step is kept.
+        BadNumbersError: the run must end. All ranks raise it, because all have the same figures, and before a
+            checkpoint of the step is saved.
+        SilentDataCorruptionError: the replay check computed other bits on this rank.
     """
     if run.config.resilience.recheck:
         run.heartbeat.enter("computing a step again")
@@ -56,20 +59,20 @@ def handle_anomaly(run: Run, info: StepResult, anomaly: Anomaly, after: Progress
     if result == "stopped":
         raise BadNumbersError(line)
     if run.is_main_process:
-        # a spike whose update was made is no alarm
+        # a spike whose update was made is only a note
         log_warning(f"{'note' if result == 'warned' else 'warning'}: {line}")
     info.extra["bad"] = f"{result}: {anomaly.why}"
 
 
 def outcome(settings: ResilienceConfig, anomaly: Anomaly, after: Progress) -> str:
-    """Return what becomes of an anomalous step: "ignored", "warned", "skipped" or "stopped"."""
+    """Return the outcome of an anomalous step: "ignored", "warned", "skipped" or "stopped"."""
     too_many = after.skipped_in_row > settings.max_skips_in_row
     known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
     return known.get(anomaly.action, "stopped" if too_many else "skipped")
 
 
 def record(run: Run, info: StepResult, anomaly: Anomaly, after: Progress, result: str) -> str:
-    """Record the step (on one rank) and return the line that reports it."""
+    """Write the step to RUN/bad_steps and bad_steps.jsonl (rank 0 only), and return its line for the log."""
     run_dir = run.directory
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
     table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
@@ -82,14 +85,14 @@ def record(run: Run, info: StepResult, anomaly: Anomaly, after: Progress, result
         with open(run_dir / f"{FOLDER}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         named = f"documents in {table}"
-    # a full disk is no reason to end here
+    # a full disk must not end the run
     except (OSError, UserError) as error:
         named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
     return f"step {info.step}: {anomaly.why}; {consequence(anomaly, after, result)}; {rows}, {named}"
 
 
 def consequence(bad: Anomaly, after: Progress, result: str) -> str:
-    """Describe what becomes of the step."""
+    """Return the part of the log line that says what happens because of an anomalous step."""
     if result == "skipped":
         return f"the update is left out ({after.skipped_in_row} in a row)"
     if result in ("ignored", "warned"):
@@ -99,10 +102,10 @@ def consequence(bad: Anomaly, after: Progress, result: str) -> str:
 
 
 def way_back(run_dir: Path, progress: Progress) -> str:
-    """Return which checkpoint is the last good one and how to go on from it, in words.
+    """Return a message that names the last good checkpoint and how to continue from it.
 
-    Weights are known to be good by the step after them. A checkpoint of the last update that was made holds the weights
-    that gave the bad figures.
+    Only the next step shows whether an update was good. So a checkpoint of the last update that was made is not good:
+    its weights gave the bad figures.
     """
     last_made = progress.step - progress.skipped_in_row
     steps = [step_of(path) for path in list_checkpoints(run_dir)]

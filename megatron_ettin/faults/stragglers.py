@@ -18,33 +18,34 @@ from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import StepResult
 
 WARN_RATIO = 1.5
-# comparisons in a row that name the same rank
+# warn once this many comparisons in a row name the same rank, each with a ratio above WARN_RATIO
 WARN_TIMES = 3
 
 
 def slowest(seconds: Sequence[float], stages: Sequence[int]) -> tuple[int, float] | None:
-    """Return the rank that its stage waits for the most, and how many times the median of the others it takes.
-
-    None where no stage has two ranks.
+    """Find the rank that is slowest in comparison with the other ranks of its pipeline stage.
 
     Args:
-        seconds: of each rank.
+        seconds: seconds of each rank until the step's first sum over the ranks.
         stages: pipeline stage of each rank.
+
+    Returns:
+        (rank, its seconds divided by the median of its stage's other ranks); None if no stage has two ranks.
     """
     by_stage: dict[int, list[int]] = defaultdict(list)
     for rank, stage in enumerate(stages):
         by_stage[stage].append(rank)
     candidates = []
     for ranks in by_stage.values():
-        rank = max(ranks, key=lambda one: seconds[one])
-        others = [seconds[one] for one in ranks if one != rank]
+        rank = max(ranks, key=lambda member: seconds[member])
+        others = [seconds[member] for member in ranks if member != rank]
         if others and (middle := statistics.median(others)) > 0:
             candidates.append((rank, seconds[rank] / middle))
-    return max(candidates, key=lambda one: one[1], default=None)
+    return max(candidates, key=lambda candidate: candidate[1], default=None)
 
 
 class Stragglers(Hook):
-    """Add the slowest rank to the metrics every `metrics.ranks_every_steps` steps; warn where it stays the same."""
+    """Add the slowest rank to the metrics every `metrics.ranks_every_steps` steps; warn if it stays the same."""
 
     def __init__(self, peers: Sequence[RankInfo]) -> None:
         self.peers = peers
@@ -55,11 +56,11 @@ class Stragglers(Hook):
         """Look up the pipeline stage of each rank."""
         topology = run.train_state.layout.topology
         self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
-        # kernels are compiled in it, and files opened
+        # not compared, because kernels are compiled and files are opened in it
         self.first_step = run.progress.step + 1
 
     def step(self, run: Run, info: StepResult) -> None:
-        """Compare the ranks where that is due (collective), and add the slowest to the step's metrics."""
+        """Compare the ranks if this is one of those steps (collective), and add the slowest to the step's metrics."""
         if len(self.peers) == 1 or info.step == self.first_step:
             return
         self.seconds.append(run.train_state.clock.seconds)

@@ -1,12 +1,13 @@
-"""Watch from a thread of every rank that the main thread makes progress.
+"""Watch the progress of every rank's main thread from a second thread.
 
-If it makes none, each rank writes every thread's Python stack and torch's flight recorder to RUN/watch/stall-TIME. One
-rank reports which rank the others wait for, and all ranks exit with 75.
+If there is no progress, each rank writes every thread's Python stack and torch's flight recorder to
+RUN/watch/stall-TIME. One rank reports which rank the others wait for, and all ranks exit with 75.
 
-Ranks step together, so all of them notice a stall at nearly the same time. A rank that does not answer then is stopped,
-dead or cut off. The thread counts time by its own ticks, each of limited length, so a change of the clock or an hour of
-suspension is no stall. A main thread in C code that does not release the interpreter stops this thread too. Then the
-other ranks name that rank, and faulthandler's thread, which needs no interpreter, writes its stacks to the log.
+Ranks step together, so all of them notice a stall at nearly the same time. A rank that writes no status then is
+stopped, dead or cut off. The thread counts time by its own ticks, each of limited length, so a change of the clock or
+an hour of suspension is no stall. A main thread in C code that does not release Python's global lock stops this thread
+too. Then the other ranks name that rank, and faulthandler's thread, which does not need that lock, writes its stacks to
+the log.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from megatron_ettin.platform.profiler import dump_flight_recorder
 ANSWER_SECONDS = 3.0
 # number of ranks that may report; the first of them that is alive does
 REPORTERS = 8
-# time that each of them gives every one before it
+# time that a reporter leaves to each reporter before it
 TURN_SECONDS = 2.0
-# so that faulthandler writes after the other ranks have ended
+# additional time, so that faulthandler writes after the other ranks have ended
 C_CODE_SECONDS = 30.0
 KEPT_STALLS = 10
 REPORT, CLAIM = "report.json", ".reporter"
@@ -95,18 +96,18 @@ class Watchdog:
             exit_for_requeue()
 
     def _watch(self) -> None:
-        ticks, still, since_status, before = -1, 0.0, 0.0, time.monotonic()
+        ticks, idle_seconds, since_status, before = -1, 0.0, 0.0, time.monotonic()
         while not self._end.wait(self.tick_seconds):
             now = time.monotonic()
             tick, before = min(now - before, 2 * self.tick_seconds), now
-            still = still + tick if ticks == self.heartbeat.ticks else 0.0
+            idle_seconds = idle_seconds + tick if ticks == self.heartbeat.ticks else 0.0
             ticks, since_status = self.heartbeat.ticks, since_status + tick
             if since_status >= self.status_seconds:
                 since_status = 0.0
                 self._write_status()
                 self._schedule_stack_dump()
-            if still >= self.heartbeat.limit_seconds > 0:
-                self._stall(still)
+            if idle_seconds >= self.heartbeat.limit_seconds > 0:
+                self._stall(idle_seconds)
         faulthandler.cancel_dump_traceback_later()
 
     def _write_status(self) -> None:
@@ -149,12 +150,13 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _claim(self) -> bool:
-        """Return whether this rank is the one that reports, by creating a file. It is if nothing can be written."""
+        """Create the file that makes this rank the reporter; return False if another rank has created it."""
         try:
             os.close(os.open(self.stall_folder / CLAIM, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:
+            # nothing can be written, so other ranks cannot claim it either
             pass
         return True
 
@@ -167,7 +169,7 @@ class Watchdog:
         return True
 
     def _report(self, seconds: float) -> None:
-        """Wait for the statuses of the other ranks, and report which rank they wait for."""
+        """Wait for the statuses of the other ranks, and report which rank the others wait for."""
         report = hang_report(self.peers, self._answers())
         line = f"stalled for {seconds:.0f} s: {report.line}"
         if report.failed_rank is not None:

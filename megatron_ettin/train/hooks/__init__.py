@@ -1,1 +1,1 @@
-"""Hooks, which do what happens besides training: metrics, checkpoints, evaluation, displays."""
+"""Hooks of the training loop: metrics, checkpoints, evaluation, displays, profiling."""

@@ -1,7 +1,7 @@
-"""Define hooks: what happens before, between and after the steps of a run, such as metrics and checkpoints.
+"""Define the interface of hooks, which do what happens around the steps of a run, such as metrics and checkpoints.
 
-The loop knows only their four methods. Hooks run on every rank, in order, and a hook that writes checks the rank
-itself.
+The training loop calls `start`, `step` and `stop`; the hook that saves calls the others. Hooks run on every rank, in
+order, and a hook that writes checks the rank itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_ettin.train.setup import TrainState
 
 @dataclass
 class Run:
-    """Run as hooks see it."""
+    """State of a run that the hooks read, and the signal that they may send."""
 
     train_state: TrainState
     batches: Batches
@@ -52,7 +52,7 @@ class Run:
 
 
 class Hook:
-    """Does nothing, at each of the four times that it is called."""
+    """Base class of the hooks. Its methods do nothing; a hook overrides those that it needs."""
 
     def start(self, run: Run) -> None:
         """Act before the first step."""
@@ -61,10 +61,10 @@ class Hook:
         """Act after a step."""
 
     def save(self, run: Run, path: Path) -> None:
-        """Act after a checkpoint was published, on the ranks that know of it."""
+        """Act after a checkpoint was published: on rank 0, and on other ranks only if they waited for the save."""
 
     def stop(self, run: Run) -> None:
-        """Act after the last step, in the reverse order of the hooks."""
+        """Act after the last step. Hooks are stopped in reverse order."""
 
     def save_blocker(self) -> str | None:
         """Return why the run must not be saved now, or None. Called on rank 0 before each save."""

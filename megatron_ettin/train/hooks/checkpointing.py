@@ -1,6 +1,6 @@
 """Decide when a run is saved, and end a run whose directory was removed.
 
-A run saves resumable checkpoints every so often and at its end, and milestones of weights alone.
+A run saves resumable checkpoints at intervals and at its end, and milestones (weights only) at intervals of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_ettin.train.saving import Retry, SaveFailedError, Saver, SaveReque
 
 
 class Checkpoints(Hook):
-    """Saves every so many steps, tokens or minutes, on a stop signal, and at the end; retries a save that failed."""
+    """Saves at intervals of steps, tokens or minutes, on a stop signal, and at the end; retries a save that failed."""
 
     def __init__(self, others: list[Hook]) -> None:
         self.others = others
@@ -35,7 +35,7 @@ class Checkpoints(Hook):
         run.closing.callback(self.saver.close)
 
     def step(self, run: Run, result: StepResult) -> None:
-        """Begin the saves that are due. Raises SaveFailedError where `checkpoint.on_failure` ends the run."""
+        """Begin the saves that are due. Raises SaveFailedError if one failed and `checkpoint.on_failure` is stop."""
         if run.is_main_process:
             self._handle(run, self.saver.poll())
         if result.signal is ControlSignal.SAVE_FAILED:
@@ -47,7 +47,7 @@ class Checkpoints(Hook):
         if milestone is not None and result.tokens // milestone > (result.tokens - result.step_tokens) // milestone:
             self.milestone_is_due = True
         self.is_due |= self._is_time(run, result) or result.signal is ControlSignal.SAVE
-        # weights that give bad figures are not saved: what is due waits for the next update that is made
+        # weights that gave bad figures are not saved: a save that is due waits until an update is made
         if not run.progress.skipped_in_row:
             self._begin_due(run)
         # the signal goes out with the next step
@@ -57,9 +57,9 @@ class Checkpoints(Hook):
                 run.signal = ControlSignal.SAVE
 
     def stop(self, run: Run) -> None:
-        """Save the run's last step. Raises SaveFailedError where that fails."""
+        """Save the last step, unless its update was skipped or it is saved already. Raises SaveFailedError."""
         self._wait(run)
-        # rank 0 reads results between steps, the others learn of them here
+        # rank 0 reads results between steps; the other ranks do not have them yet
         self.saved_step = broadcast_object(self.saved_step)
         if run.progress.skipped_in_row:
             if run.is_main_process and not run.is_done:
@@ -70,7 +70,7 @@ class Checkpoints(Hook):
             self._wait(run, final=True)
 
     def _save_blocker(self) -> str | None:
-        """Return why another hook does not want the run saved now."""
+        """Return why another hook forbids to save the run now, or None."""
         return next(filter(None, (hook.save_blocker() for hook in self.others)), None)
 
     def _begin_due(self, run: Run) -> None:
@@ -99,7 +99,7 @@ class Checkpoints(Hook):
         return SaveRequest(run.progress, keep=keep)
 
     def _begin(self, run: Run, request: SaveRequest) -> None:
-        """Start to save; all ranks together."""
+        """Start a save (collective)."""
         self._wait(run)
         run.heartbeat.enter("saving weights" if request.milestone else "saving a checkpoint")
         if not request.milestone:
@@ -110,7 +110,7 @@ class Checkpoints(Hook):
         run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
 
     def _wait(self, run: Run, final: bool = False) -> None:
-        """Wait for a save in flight; all ranks together. Raises SaveFailedError for the `final` one."""
+        """Wait for a save in flight (collective). Raises SaveFailedError if it is the `final` one and failed."""
         run.heartbeat.enter("waiting for a save")
         result = self.saver.wait()
         if result is not None and result.path is None and final:
@@ -118,7 +118,7 @@ class Checkpoints(Hook):
         self._handle(run, result)
 
     def _handle(self, run: Run, result: SaveResult | None) -> None:
-        """Act on the result of a save and report a failure. Rank 0 decides what follows and signals it to all."""
+        """Report the result of a save to the hooks and the log. Rank 0 decides whether a failure ends the run."""
         if result is None:
             return
         step, path = result.request.progress.step, result.path
@@ -146,24 +146,24 @@ class Checkpoints(Hook):
 
 
 CHECK_SECONDS = 5.0
-# it is written before the first step, and a run never removes it
+# if this file is gone, the directory is: it is written before the first step, and a run never removes it
 RECORD = "config.yaml"
 
 
 class DirectoryCheck(Hook):
-    """End a run whose directory was removed: its record is gone, and what it would save would be a run without one.
+    """Ends a run whose directory was removed, because a checkpoint saved there would have no record of its run.
 
-    Rank 0 looks; the sums of the next step tell the others. It comes after the checkpoints and overrules their
-    requests.
+    Rank 0 checks, and signals to the other ranks with the totals of the next step. The hook comes after `Checkpoints`,
+    so that its signal replaces theirs.
     """
 
     def start(self, run: Run) -> None:
-        """Begin to count the seconds."""
+        """Start the time until the first check."""
         self.looked = time.monotonic()
         self.is_gone = False
 
     def step(self, run: Run, result: StepResult) -> None:
-        """Look every few seconds. Raises TrainingStoppedError one step after the directory has gone."""
+        """Check every `CHECK_SECONDS`. Raises TrainingStoppedError one step after the directory was found missing."""
         if result.signal is ControlSignal.GONE:
             raise self._stopped(run)
         if not run.is_main_process:
@@ -174,7 +174,7 @@ class DirectoryCheck(Hook):
             run.signal = ControlSignal.GONE
 
     def stop(self, run: Run) -> None:
-        """Look a last time. Raises TrainingStoppedError."""
+        """Check a last time (collective). Raises TrainingStoppedError if the directory is gone."""
         if run.is_main_process:
             self._look(run)
         if broadcast_object(self.is_gone):
@@ -187,7 +187,7 @@ class DirectoryCheck(Hook):
         except FileNotFoundError:
             self.is_gone = True
         except OSError:
-            # the file system does not answer, which says nothing of the directory
+            # the file system does not answer, which does not show that the directory is gone
             return
 
     def _stopped(self, run: Run) -> TrainingStoppedError:

@@ -16,7 +16,7 @@ from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.hooks.metrics import step_metrics
 from megatron_ettin.train.progress import StepResult
 
-# weight of the earlier steps in the speed that the time left is estimated by
+# weight of the earlier steps in the smoothed speed from which the time left is estimated
 SMOOTHED = 0.9
 
 
@@ -27,13 +27,14 @@ class Console(Hook):
         """Show the steps of a run.
 
         Args:
-            json_stream: Where steps are written as in metrics.jsonl, instead of the lines for people.
+            json_stream: Stream that gets each step as a JSON line, as in metrics.jsonl with `seconds_left`; None: lines
+                or a bar for people.
         """
         self.json_stream = json_stream
         self.screen: ProgressDisplay | None = None
 
     def start(self, run: Run) -> None:
-        """Draw the bar where standard error is a terminal."""
+        """Draw the bar if standard error is a terminal."""
         self.left = TimeLeft(run)
         if run.is_main_process and self.json_stream is None and errors_on_terminal():
             self.screen = ProgressDisplay(run)
@@ -59,14 +60,14 @@ class Console(Hook):
             self.screen.saved(path)
 
     def stop(self, run: Run) -> None:
-        """Leave the bar as it is."""
+        """Stop drawing the bar, which stays on the screen."""
         if self.screen is not None:
             self.screen.close()
             self.screen = None
 
 
 def figures(run: Run, result: StepResult) -> list[str]:
-    """Return the figures of one step as texts; MFU where the hardware's peak is known."""
+    """Return the figures of one step as texts, with MFU if the peak FLOP/s of the device are known."""
     texts = [f"loss {result.loss:.4f}", f"lr {result.lr:.2e}", f"norm {result.grad_norm:.3f}"]
     texts.append(f"{format_count(result.step_tokens / result.seconds)} tokens/s")
     peak = run.train_state.platform.peak_flops
@@ -76,12 +77,12 @@ def figures(run: Run, result: StepResult) -> list[str]:
 
 
 def part_done(settings: RunSettings, step: int, tokens: int) -> float:
-    """Return the fraction of a run that is done: it ends by tokens, or by steps where those are reached first."""
+    """Return the fraction of a run that is done: of its tokens, or of its steps if that is more."""
     return max(tokens / settings.tokens, step / settings.steps if settings.steps else 0.0)
 
 
 class TimeLeft:
-    """Estimates the seconds to the end of the run, by the wall clock: saves and evaluations count."""
+    """Estimates the wall-clock seconds to the end of the run, saves and evaluations included."""
 
     def __init__(self, run: Run) -> None:
         self.settings, self.speed, self.steps = run.config.run, 0.0, 0

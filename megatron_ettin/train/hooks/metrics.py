@@ -63,7 +63,7 @@ def wandb_identity(run: Run) -> WandbIdentity:
 
 
 class Evaluation(Hook):
-    """Evaluates on the validation datasets every `metrics.eval_every_steps` steps and at the end, in all and by source.
+    """Evaluates on the validation data every `metrics.eval_every_steps` steps and at the end, in total and by source.
 
     A hybrid run is evaluated on each of its row objectives; the figures of the first have no suffix.
     """
@@ -93,10 +93,10 @@ class Evaluation(Hook):
 
 
 class Metrics(Hook):
-    """Writes every step to metrics.jsonl, and to TensorBoard and wandb where configured."""
+    """Writes every step to metrics.jsonl, and to TensorBoard and wandb if configured."""
 
     def start(self, run: Run) -> None:
-        """Open the files on rank 0, cut back to the step that the run goes on from."""
+        """Open the files on rank 0, without steps after the one from which the run continues."""
         self.sinks = FanOut([])
         if not run.is_main_process:
             return
@@ -114,15 +114,15 @@ class Metrics(Hook):
             self.sinks.log(step_metrics(result, run.train_state.platform, run.train_state.layout.topology.world))
 
     def save(self, run: Run, path: Path) -> None:
-        """Upload a checkpoint where that is configured."""
+        """Log a checkpoint at Weights & Biases if that is configured."""
         self.sinks.keep(path, step_of(path))
 
     def save_blocker(self) -> str | None:
-        """Return why lines of metrics.jsonl wait to be written: no checkpoint may be ahead of them."""
+        """Return why lines of metrics.jsonl wait to be written, or None. No checkpoint may be newer than the file."""
         return self.sinks.problem
 
     def stop(self, run: Run) -> None:
-        """Write the report where that is configured, and close the files."""
+        """Write the report if that is configured, and close the files."""
         metrics = run.config.metrics
         if run.is_main_process and metrics.wandb and metrics.wandb_report and run.is_done:
             run.heartbeat.enter("writing the report")

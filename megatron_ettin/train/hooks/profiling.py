@@ -1,4 +1,4 @@
-"""Keep the time of a step even (Python's garbage), and trace where it goes (`profile.steps`)."""
+"""Collect Python's garbage on all ranks at the same steps, and trace the steps of `profile.steps`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = "profile"
 class GarbageCollection(Hook):
     """Collects Python's garbage on every rank at the same steps, the young generations only.
 
-    Python's own collector stops each rank at another time, and all others wait for it at the next collective.
+    Python's own collector stops each rank at a different time, and all others wait for it at the next collective.
     """
 
     EVERY_STEPS = 50
@@ -38,11 +38,11 @@ class GarbageCollection(Hook):
 class Profiling(Hook):
     """Traces the steps of `profile.steps` on the ranks of `profile.ranks`, and summarises what took longest.
 
-    It begins before the first of the steps and writes after the last; a run that ends sooner writes what it has.
+    The trace begins before the first of these steps and is written after the last, or when the run ends.
     """
 
     def start(self, run: Run) -> None:
-        """Choose the ranks and steps, and begin where the first of them is next."""
+        """Decide whether this rank is traced, and begin if the next step is one of the steps."""
         self.steps, ranks = run.config.profile.step_range, run.config.profile.ranks
         self.profiler: Profiler | None = None
         self.is_chosen = bool(self.steps) and (ranks is None or run.train_state.layout.rank in ranks)
@@ -55,7 +55,7 @@ class Profiling(Hook):
         self._begin_before(run, result.step + 1)
 
     def stop(self, run: Run) -> None:
-        """Write what a run that ends sooner has."""
+        """Write the trace of a run that ends before the last of the steps."""
         if self.profiler is not None:
             self._end(run, run.progress.step)
 
@@ -71,7 +71,7 @@ class Profiling(Hook):
         name = f"steps_{self.first}-{last}_rank_{run.train_state.layout.rank:05d}"
         try:
             text = self.profiler.write(run.directory / FOLDER, name)
-        # a profile is no reason for a run to end
+        # a profile that cannot be written must not end the run
         except OSError as error:
             log_warning(f"warning: profile.steps: {name} cannot be written ({error})")
         else:
