@@ -3,7 +3,7 @@
 It serves runs whose host is slower than their device. A captured graph has fixed shapes: labels and boundaries are
 padded to a capacity, and what the host computes anew for each step (the keys of dropout's masks) is a tensor. Padded
 labels count for nothing, and boundaries at the end are chunks of no tokens, so the result is that of the ordinary pass.
-A micro-batch that does not fit runs as always.
+A micro-batch that does not fit runs without the graph.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def label_capacity(config: Config, tokens: int) -> int:
 
 
 class GraphedStep:
-    """Replays the micro-batches of this rank; the main process reports the first that does not fit."""
+    """Replays the micro-batches of this rank. The main process logs the first one that does not fit."""
 
     def __init__(self, config: Config, tokens: int, is_main_process: bool) -> None:
         self.labels = label_capacity(config, tokens)
@@ -52,7 +52,8 @@ class GraphedStep:
     def replay(self, batch: MicroBatch, model: Any) -> LossOutput:
         """Run forward and backward of a micro-batch that fits, and return its losses, which the next call overwrites.
 
-        The gradients are made already. Core's schedule calls backward on the total, which leads to none.
+        The replay adds the gradients to core's buffers. Core's schedule then calls backward on the returned total,
+        which depends on no weight.
         """
         if self.graph is None:
             self.graph = CapturedGraph(functools.partial(forward_and_backward, model, batch.packed))
@@ -62,7 +63,7 @@ class GraphedStep:
         return LossOutput(done, losses[:labels], correct[:labels])
 
     def fits(self, batch: MicroBatch) -> bool:
-        """Return whether a micro-batch has room in the captured one; the first that has none is logged."""
+        """Return whether a micro-batch fits into the captured one. The first that does not fit is logged."""
         labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
         fits = labels <= self.labels and boundaries <= self.boundaries
         if not fits and self.is_main_process:

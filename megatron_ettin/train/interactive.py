@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Model:
-    """A model with its optimizer, or under torchrun or srun this rank's part of it. `build_model` makes it."""
+    """A model with its optimizer (under torchrun or srun this rank's part of both), made by `build_model`."""
 
     config: Config
     """The run's configuration."""

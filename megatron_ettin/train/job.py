@@ -1,7 +1,7 @@
 """Check everything that needs no other rank before the first run of a job starts.
 
-A job has one run, the phases of `ettin train --phase all`, each of which begins from the one before, or the members of
-`--sweep`. A job that was stopped goes on in the run where it stopped.
+A job trains one run, or the phases of `ettin train --phase all` (each begins from the one before), or the members of
+`--sweep`. A job that was stopped continues with the run in which it stopped.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class TrainJob:
 
 
 def prepare_jobs(runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = False) -> list[TrainJob]:
-    """Return the runs that are left to train, in order. Raises UserError.
+    """Check the runs that are left to train, and return them in order. Raises UserError.
 
     Args:
-        runs: The members of a sweep, or phases in order, each but the first beginning from the run directory of the one
+        runs: The members of a sweep, or phases in order: each but the first begins from the run directory of the one
             before. The last phase is kept even if it is finished.
         is_sweep: Whether they are the members of a sweep.
     """
@@ -91,14 +91,17 @@ def prepare_job(config: Config, args: TrainArgs) -> TrainJob:
 
 
 def open_training_data(config: Config) -> BlendedDataset:
-    """Open the run's dataset. Raises UserError where a part is missing or was made with another tokenizer."""
+    """Open the run's dataset. Raises UserError if a part is missing or its vocabulary is not the model's."""
     corpus = open_run_dataset(config)
     corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
 
 def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
-    """Return the run with `run.steps` no later than the end of its `data.order`. Raises UserError where it is later."""
+    """Return the config with the number of steps in its `data.order` as `run.steps`, unless that is set.
+
+    Raises UserError if `run.steps` is greater, or the order has fewer rows than one step.
+    """
     if corpus.row_limit is None:
         return config
     steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.row_limit)
@@ -123,7 +126,7 @@ def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Co
 
 
 def saved_progress(run_dir: Path) -> Progress | None:
-    """Return the progress of a run's newest checkpoint; None where there is none. Raises UserError."""
+    """Return the progress of a run's newest checkpoint; None if there is none. Raises UserError."""
     newest = latest(run_dir) if (run_dir / "checkpoints").is_dir() else None
     return None if newest is None else Progress.restored(read_progress(newest))
 

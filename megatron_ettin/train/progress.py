@@ -70,7 +70,7 @@ class StepTotals:
 
         Args:
             rank: this process's global rank.
-            device: where the process group's backend reduces tensors.
+            device: device on which the process group's backend reduces tensors.
         """
         own = self.read()
         for name, reduce in self._reductions.items():
@@ -157,7 +157,7 @@ class Progress:
     skipped_in_row: int = 0
     """Updates left out since the last one that was made."""
     skipped: int = 0
-    """Updates left out in all."""
+    """Updates left out in total."""
 
     def after(self, result: StepResult, detector: AnomalyDetector) -> Progress:
         """Return the progress one step later."""
@@ -173,7 +173,7 @@ class Progress:
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Progress:
-        """Return the progress that a checkpoint's record holds; what an older version did not write has its default."""
+        """Return the progress in a progress.json. Fields that an older version did not write get their defaults."""
         counts = {f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(cls) if f.name != "recent"}
         # an older version wrote pairs of loss and gradient norm
         norms = (one[1] if isinstance(one, list | tuple) else one for one in saved.get("recent", ()))

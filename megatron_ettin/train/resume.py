@@ -38,12 +38,15 @@ from megatron_ettin.train.setup import TrainState
 
 
 def begin(train_state: TrainState, args: TrainArgs, corpus: BlendedDataset) -> tuple[Progress, str]:
-    """Load what the run continues from, and return its progress and a line that names it. Collective.
+    """Load the checkpoint or weights that the run continues from (collective).
 
     Args:
         train_state: The model and optimizer to load into.
         args: The run directory, whose newest checkpoint is used if it has one, and what a new run begins from.
         corpus: The rows that the run trains on, whose tokenizer `args.init_from` must have.
+
+    Returns:
+        Progress from which the run continues, and a text for the log that names what was loaded.
     """
     config, run_dir, step = train_state.config, args.run_dir, args.from_step
     goes_back = step is not None and args.init_from is None
@@ -68,7 +71,7 @@ def begin(train_state: TrainState, args: TrainArgs, corpus: BlendedDataset) -> t
 
 
 def source_config(source: Path, expected: ModelConfig) -> dict[str, Any]:
-    """Return the groups of a checkpoint's config. Raises UserError where its model shape is not this run's."""
+    """Return the groups of a checkpoint's config. Raises UserError if its model has another shape."""
     groups = directory.read_config(source)
     stored = groups.get("model") or {}
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
@@ -81,7 +84,7 @@ def source_config(source: Path, expected: ModelConfig) -> dict[str, Any]:
 
 
 def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
-    """Raise UserError where the checkpoint's tokenizer is not the one its new data was made with."""
+    """Raise UserError if the checkpoint has a tokenizer and `corpus` was made with another one."""
     folder = checkpoint / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         # weights from elsewhere may come without one; the vocabulary's size is checked anyway
@@ -95,7 +98,18 @@ def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
 
 
 def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted: bool | None) -> bool:
-    """Return whether the optimizer's state is kept: between phases of one objective, unless `wanted` decides."""
+    """Return whether a new run keeps the optimizer's state of `source`.
+
+    Args:
+        source: the checkpoint from which the run begins.
+        theirs: groups of the checkpoint's configuration.
+        config: configuration of the run.
+        wanted: whether to keep it. None: keep it if it is stored, the objectives are equal and this phase is not
+            "cross".
+
+    Raises:
+        UserError: it should be kept, and the checkpoint has none or that of another optimizer.
+    """
     stored = directory.read_progress(source).get("optimizer")
     run = theirs.get("run") or {}
     same = run.get("objective") == config.run.objective and config.run.phase != "cross"
@@ -127,7 +141,7 @@ class MomentChange:
     second: float = 1.0
     """Factor of the second moments."""
     note: str = ""
-    """Text about the change, for the line that names the loaded checkpoint; empty where nothing changes."""
+    """Text about the change, for the log line that names the loaded checkpoint; empty if nothing changes."""
 
 
 def moment_change(checkpoint: Path, optim: OptimConfig) -> MomentChange:
@@ -169,9 +183,9 @@ class DamagedCheckpointError(UserError):
 
 
 def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
-    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
+    """Load a checkpoint of any layout into this rank's part of the model (collective), and return its progress.
 
-    Every sha256 is checked unless `verified`.
+    The optimizer is loaded too if `with_optimizer`. Every sha256 is checked unless `verified`.
 
     Raises:
         UserError: on every rank, naming a damaged file.
@@ -185,10 +199,10 @@ def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True,
 def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] | None:
     """Load the newest good checkpoint of a run, and return its name and progress. Collective.
 
-    What killed saves left is put out of the way first.
+    First the remains of killed saves are removed or restored (`directory.tidy`).
 
     Returns:
-        None where the run has no checkpoint.
+        (name of the checkpoint's folder, progress); None if the run has no checkpoint.
 
     Raises:
         UserError: every checkpoint is damaged, or one that is whole does not fit the run.
@@ -210,7 +224,7 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
             refused.append(error)
 
     def attempt_together(checkpoint: Path) -> None:
-        # before any rank reads
+        # checked before any rank reads the checkpoint
         _check_description(checkpoint)
         broadcast_object(checkpoint)
         attempt(checkpoint)
@@ -263,7 +277,7 @@ def _check_share(layout: Layout, checkpoint: Path) -> str | None:
 def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
     """Load a checkpoint while its data are hashed in a thread.
 
-    Raises DamagedCheckpointError on every rank where any rank reads damage, because damage explains most errors.
+    Raises DamagedCheckpointError on every rank if any rank finds damage, because damage explains most other errors.
     """
     layout, failed, progress = train_state.layout, None, Progress()
     with ThreadPoolExecutor(1) as thread:
@@ -311,7 +325,7 @@ def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True
 
 
 def _exact(train_state: TrainState, loaded: dict[str, Any]) -> dict[int, Any]:
-    """Return the checkpoint's tensor of each weight in FP8, by the weight's id()."""
+    """Return, by id() of each weight that is stored in FP8, the weight's tensor in the checkpoint."""
     return {
         id(weight): loaded[f"model{number}"][name]
         for number, chunk in enumerate(train_state.model_chunks)

@@ -28,7 +28,10 @@ from megatron_ettin.train.progress import Progress, is_done
 
 
 def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None:
-    """Log what the run trains, on what and from where, and add the launch to its history. On rank 0."""
+    """Log a run's model, data, schedule, devices and origin, and write the launch to its run directory (rank 0 only).
+
+    `origin` is the text that `resume.begin` returns.
+    """
     config, train_state, platform = run.config, run.train_state, run.train_state.platform
     backend = train_state.model_chunks[0].config.backend
     log_data(config, job.corpus)
@@ -77,7 +80,7 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
 
 
 def log_data(config: Config, corpus: BlendedDataset) -> None:
-    """Log what the run reads, and how often."""
+    """Log the datasets of a run, how many epochs of each it reads, and warnings about that."""
     sizes, run = BatchSizes.of(config.batch, corpus.mean_tokens_per_row), config.run
     tokens = run.tokens
     if run.steps is not None:
@@ -93,7 +96,7 @@ def log_data(config: Config, corpus: BlendedDataset) -> None:
 
 
 def complete_line(settings: RunSettings, run_dir: Path) -> str | None:
-    """Return the line for a run that has nothing left to train; None where something is left."""
+    """Return the log line for a run that has nothing left to train; None if something is left or cannot be read."""
     try:
         saved = saved_progress(run_dir)
     except UserError:
@@ -116,7 +119,7 @@ def ending_lines(settings: RunSettings, run_dir: Path, progress: Progress, loss:
         settings: Length of the run.
         run_dir: Run directory.
         progress: Progress at the end.
-        loss: Loss of the last step; None where this launch made no step.
+        loss: Loss of the last step; None if this launch trained no step.
     """
     done = is_done(settings, progress)
     saved = list_checkpoints(run_dir)

@@ -1,7 +1,7 @@
-"""Save a run while it trains: planned by all ranks together, written by a thread of each, published by rank 0's.
+"""Save a run while it trains: all ranks plan, a thread of each writes its part, and rank 0's thread publishes.
 
-A checkpoint that cannot be written (a full disk, a file system that is away) is given up and reported; the one before
-it stays the latest. `checkpoint.on_failure` decides whether the run then goes on.
+A checkpoint that cannot be written (a full disk, a file system that is away) is given up and reported; the previous one
+stays the latest. `checkpoint.on_failure` decides whether the run then goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import TrainState
 
-# at most, with optimizer (weight, master, two moments) and without
+# upper bounds of the bytes per weight, with optimizer (weight, master, two moments) and without
 BYTES_OF_A_WEIGHT = {True: 16, False: 4}
 # free space that a save needs, relative to the size that is expected of it
 SPARE = 1.05
@@ -63,7 +63,7 @@ class SaveResult:
 
     request: SaveRequest
     path: Path | None
-    """The published checkpoint; None where the save failed."""
+    """The published checkpoint; None if the save failed."""
     reason: str = ""
     """Reason why it failed."""
 
@@ -78,7 +78,7 @@ class Saver:
     ends_in_sep: bool = True
     """Whether any chunk of the data ends in a separator token; an export chooses its template by it."""
     save_blocker: Callable[[], str | None] = lambda: None
-    """Returns why the run must not be saved now; called on rank 0."""
+    """Returns why the run must not be saved now, or None; called on rank 0."""
     result: SaveResult | None = None
     """Result of the last save, until it is read."""
     _thread: threading.Thread | None = None
@@ -98,7 +98,7 @@ class Saver:
     def begin(self, request: SaveRequest) -> None:
         """Plan a save, snapshot its tensors to host memory, and start writing them in a thread.
 
-        Collective; a save in flight is waited for first.
+        Collective; a save in flight is waited for first. If nothing can be saved, `result` says why.
         """
         self.wait()
         why = broadcast_object(self._prepare(request) if self.is_main_process else None)
@@ -120,7 +120,7 @@ class Saver:
             self._thread = None
 
     def poll(self) -> SaveResult | None:
-        """Return the result of a save that has ended, once; on rank 0."""
+        """Return the result of a save that has ended, on rank 0 and only once; None if there is none."""
         if self.is_busy:
             return None
         self._join()
@@ -128,14 +128,14 @@ class Saver:
         return result
 
     def wait(self) -> SaveResult | None:
-        """Wait for the save in flight and return the result that was not read yet, on every rank. Collective."""
+        """Wait for the save in flight (collective). Return on every rank the result that `poll` has not returned yet."""
         self._join()
         result = broadcast_object(self.result)
         self.result = None
         return result
 
     def close(self) -> None:
-        """Let the save in flight end, but do not wait for ever: the run is over, and other ranks may be gone."""
+        """Wait for the save in flight, but at most 2 * `LEFT_SECONDS`, because other ranks may be gone."""
         self._until = time.monotonic() + LEFT_SECONDS
         if self._thread is not None:
             self._thread.join(2 * LEFT_SECONDS)
@@ -148,7 +148,7 @@ class Saver:
         return directory.staging_of(self._folder(request), request.progress.step)
 
     def _prepare(self, request: SaveRequest) -> str | None:
-        """Make an empty folder to write in; return why nothing can be saved."""
+        """Make an empty folder to write in, and return None, or the reason why nothing can be saved."""
         if (why := self.save_blocker()) is not None:
             return why
         folder = self._folder(request)
@@ -169,7 +169,7 @@ class Saver:
         return SPARE * (last if last is not None else weights * BYTES_OF_A_WEIGHT[not request.milestone])
 
     def _planned(self, request: SaveRequest, staging: Path, copies: bool) -> Plan:
-        """Return what this rank writes, in memory that nothing else writes to. Collective."""
+        """Plan what this rank writes (collective). With `copies`, nothing changes the planned tensors afterwards."""
         train_state = self.train_state
         with train_state.summon_full_params():
             model, optimizer = state.model_state(train_state.model_chunks, train_state.layout.dp_group), None
@@ -191,14 +191,14 @@ class Saver:
         return plan
 
     def _live(self, model: dict[str, Any]) -> set[int]:
-        """Return the addresses of the storages in which training goes on."""
+        """Return the addresses of the storages that training changes in place."""
         weights = [raw_data(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
         tensors = [*weights, *scales, *self.train_state.live_optimizer_tensors()]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def _write(self, request: SaveRequest, plan: Plan) -> None:
-        """Write in a rank's thread; rank 0's thread publishes and sets the result."""
+        """Write this rank's part, in its thread. Rank 0's thread then publishes the checkpoint and sets `result`."""
         local = self.train_state.config.checkpoint.staging
         plan.write(None if local is None else Path(local))
         if self.is_main_process:
@@ -220,7 +220,7 @@ class Saver:
         """Remove the checkpoints that `checkpoint.keep` leaves out, and warn of one that cannot be removed."""
         try:
             directory.prune(self.run_dir, self.train_state.config.checkpoint.keep)
-        # the new checkpoint is published all the same
+        # only warn, because the new checkpoint is published already
         except OSError as error:
             named = error.filename or self.run_dir
             log_warning(f"warning: {named}: an old checkpoint cannot be removed ({error.strerror or error})")
@@ -254,9 +254,10 @@ class Retry:
     """Seconds from the latest failure to the next try."""
     failures: int = 0
     due: float | None = None
+    """time.monotonic() of the next try; None if the latest save succeeded or none was made."""
 
     def after(self, result: SaveResult) -> None:
-        """Set the time of the next try by the result of a save: twice as late after each failure, 16 times at most."""
+        """Set the time of the next try after a save: the wait doubles with each failure, up to 16 * `seconds`."""
         if result.path is not None:
             self.failures, self.due = 0, None
             return
@@ -266,16 +267,16 @@ class Retry:
 
     @property
     def is_due(self) -> bool:
-        """Return whether that time has come."""
+        """Return whether the time of the next try has come."""
         return self.due is not None and time.monotonic() >= self.due
 
 
 def failure_line(result: SaveResult, last: int | None, then: str) -> str:
-    """Return the line about a save that failed.
+    """Return the log line about a save that failed.
 
     Args:
-        result: The result.
-        last: Step of the latest checkpoint; None where there is none.
+        result: Result of the save.
+        last: Step of the latest checkpoint; None if there is none.
         then: What happens next.
     """
     kept = "there is none before it" if last is None else f"the latest is that of step {last}"

@@ -95,13 +95,13 @@ class TrainState:
         return [p.data for p in masters] + moments
 
     def close(self) -> None:
-        """Release what would keep this rank's memory after the run."""
+        """Release references and buffers that would keep this rank's memory after the run."""
         if self.optimizer is not None:
             self.optimizer.close()
         # nodes of torch's graph whose hooks hold the model, which Python's garbage collector cannot see
-        for one in self.ddp_model_chunks:
-            if hasattr(one, "grad_accs"):
-                one.grad_accs.clear()
+        for chunk in self.ddp_model_chunks:
+            if hasattr(chunk, "grad_accs"):
+                chunk.grad_accs.clear()
         reset_fp8_state()
         if self.config.parallel.tp_overlap:
             free_overlap_buffers()
@@ -134,7 +134,7 @@ def setup_training(
     enable_compile(should_compile(config.runtime.compile, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
-    # of a micro-batch on this rank
+    # tokens of a micro-batch on this rank
     tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
     if config.parallel.tp_overlap:
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
@@ -161,7 +161,7 @@ def setup_training(
 def build_single_process(config: Config, training: bool = False, initial_weights: bool = True) -> TrainState:
     """Build the whole model in this process, for evaluation, export checks and tools.
 
-    Process groups exist afterwards, which the caller destroys. After an error there are none.
+    The caller must destroy the process groups that exist afterwards. After an error there are none.
     """
     platform = detect(config.runtime.device)
     init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
@@ -213,5 +213,5 @@ def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParall
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Return the only function, or the list of several, as core wants them."""
+    """Return the only function, or the list if there are several, as core expects."""
     return functions if len(functions) > 1 else functions[0]

@@ -182,7 +182,7 @@ def forward_step(
         totals: totals of the step.
         counts_losses: whether this rank counts the losses.
         factor_of: function from a number of labels to the factor by which core later multiplies their losses.
-        graphed: what replays the micro-batches that fit; None where nothing is captured.
+        graphed: replays the micro-batches that fit; None if no graph is used.
         batches: micro-batches; the next one is run.
         model: the model chunk.
     """
@@ -209,7 +209,7 @@ def forward_step(
 
 
 def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
-    """Add the losses of one micro-batch to the totals. Add a line here for a new metric of the losses.
+    """Add the losses of one micro-batch to the totals. A new metric of the losses is added in this function.
 
     It is called for every micro-batch, replayed or not.
 

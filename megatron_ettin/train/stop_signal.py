@@ -1,4 +1,4 @@
-"""Receive the signal by which a scheduler, a launcher or a terminal asks a run to stop."""
+"""Receive the signal with which a scheduler, a launcher or a terminal asks a run to stop."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignal:
-    """Ask for a stop after the step in hand; the loop tells the other ranks.
+    """Receives a stop signal, which the training loop sends to the other ranks with the next step.
 
-    Before the first step nothing was trained that could be saved, and the process ends at once with 75. Its main
-    thread may be in a library's C code then, waiting for other ranks, where no handler of Python runs: so a thread of
-    its own hears of the signal.
+    Before the first step there is nothing to save, so the process ends at once with exit status 75. The main thread may
+    then be waiting for other ranks in C code, where Python runs no signal handler, so another thread reads the signal.
 
     Attributes:
         received: whether the signal came.
@@ -27,7 +26,7 @@ class StopSignal:
     """
 
     def __init__(self, listen: bool, logs_end: bool = True) -> None:
-        """Listen from now on.
+        """Install the signal handlers, and start the thread that reads the signals.
 
         Args:
             listen: `resilience.save_on_signal`.
@@ -39,7 +38,7 @@ class StopSignal:
         if not listen:
             return
         for number in STOPS:
-            # nohup has it ignored, and so it stays
+            # a signal that was ignored at the start stays ignored, such as SIGHUP under nohup
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
         self._reading, self._waking = os.pipe()

@@ -42,7 +42,7 @@ from megatron_ettin.train.step import train_step
 from megatron_ettin.train.stop_signal import StopSignal
 
 RENDEZVOUS_SECONDS = 600.0
-# time by which hosts may differ in copying the data
+# by how much the times may differ that hosts take to copy the data
 COPY_SECONDS = 7_200.0
 
 
@@ -50,7 +50,7 @@ class Trainer:
     """Trains one run after another as this process's rank."""
 
     def __init__(self, jobs: Sequence[TrainJob], is_sweep: bool = False) -> None:
-        """Find this process among the ranks, and listen for signals to stop. Raises UserError.
+        """Read this process's rank, choose its device, and receive stop signals from now on. Raises UserError.
 
         Args:
             jobs: The phases of a chain or the members of a sweep that are left to train, in order, at least one.
@@ -82,7 +82,8 @@ class Trainer:
                 stopped = self.stop.received
                 try:
                     if not stopped:
-                        # no variable here holds what `start` makes: its memory is free when the next run begins
+                        # no variable of this function holds the results of `start`, so that their memory is free
+                        # when the next run begins
                         with contextlib.ExitStack() as stack:
                             stopped = self.train(*self.start(job, stack))
                 except TrainingStoppedError as error:
@@ -97,11 +98,14 @@ class Trainer:
         return False
 
     def start(self, job: TrainJob, stack: contextlib.ExitStack) -> tuple[Run, list[Hook]]:
-        """Set up a run, load what it continues from, and log its start (collective).
+        """Set up a run, load the checkpoint or weights that it continues from, and log its start (collective).
 
         Args:
             job: The run.
             stack: Stack on which this method puts the cleanup of the run.
+
+        Returns:
+            The run and its hooks.
         """
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
@@ -118,10 +122,10 @@ class Trainer:
         heartbeat.enter("starting")
         stack.callback(destroy_process_group)
         watchdog = stack.enter_context(Watchdog(args.run_dir, heartbeat, self.env.rank))
-        # before the watchdog ends: other ranks may keep this one waiting
+        # done before the watchdog ends, because other ranks may keep this one waiting
         stack.callback(destroy_process_group)
         stack.callback(destroy_model_parallel)
-        # after `explaining_failures` has looked at an error, which may end the process
+        # closed after `explaining_failures` has seen an error, because that may end the process
         closing = stack.enter_context(contextlib.ExitStack())
         stack.enter_context(self.explaining_failures(watchdog))
         check_ranks_consistent(config, job.corpus)
@@ -142,19 +146,23 @@ class Trainer:
 
     @contextlib.contextmanager
     def explaining_failures(self, watchdog: Watchdog) -> Iterator[None]:
-        """End the process as a stall does where an error inside was caused by one."""
+        """End the process with 75 if a stall caused an error in the block.
+
+        With several ranks on GPUs, any other error but UserError and TrainingStoppedError ends it with 1, without
+        cleanup.
+        """
         try:
             yield
         except Exception as error:
             watchdog.explain()
             if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStoppedError)):
-                # the others wait for this rank in a kernel; so would it for them, taking the groups down
+                # the others wait for this rank in a kernel, and to destroy the groups it would wait for them
                 end_now(error)
             raise
 
     @contextlib.contextmanager
     def naming_way_back(self, run: Run) -> Iterator[None]:
-        """Add the last good checkpoint to an error about bad figures that is raised inside."""
+        """Add the last good checkpoint to the message of a BadNumbersError that is raised in the block."""
         try:
             yield
         except BadNumbersError as bad:
@@ -163,7 +171,7 @@ class Trainer:
             raise BadNumbersError(f"{bad}; {way_back(run.directory, run.progress)}") from None
 
     def train(self, run: Run, hooks: Sequence[Hook]) -> bool:
-        """Step until the run is done; True if it was asked to stop before. The same on every rank."""
+        """Train until the run is done or a stop is requested. Return whether steps are left, alike on every rank."""
         self.stop.begun = True
         train_state, settings, loss = run.train_state, run.config.run, None
         for hook in hooks:
@@ -183,7 +191,7 @@ class Trainer:
                 for hook in hooks:
                     hook.step(run, result)
                 stopped = result.stop_requested or run.is_done
-        # in reverse: the hooks that close last hear of the last checkpoint
+        # in reverse, so that the hooks for metrics are still open for the last checkpoint
         for hook in reversed(hooks):
             hook.stop(run)
         left_out = run.progress.skipped_in_row
@@ -200,7 +208,8 @@ class Trainer:
 def build_hooks(run: Run, peers: Sequence[RankInfo], job: TrainJob) -> list[Hook]:
     """Return the hooks in the order in which they run.
 
-    Evaluation adds figures that the metrics then write, and checkpoints come after both.
+    Evaluation adds figures that the metrics then write, and checkpoints come after both. Raises UserError if the
+    validation data have another tokenizer than the training data.
     """
     hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(job.args.json_stream)]
     if run.config.data.validation is not None:
