@@ -1,7 +1,7 @@
-"""Measure the loss on held-out rows, in all and by source.
+"""Measure the loss on held-out rows, in total and by source.
 
 Every evaluation has the same rows and, for the encoder, the same masks (15 %, whatever the run trains with), so that
-numbers compare over a run, over phases and between checkpoints.
+figures can be compared within a run, between phases and between checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EvalMetrics:
     """Metrics of held-out rows."""
 
     objective: str
-    """Row objective by which the rows were read."""
+    """Row objective with which the rows were read."""
     loss: float
     """Mean loss over predicted tokens, in nats."""
     labels: int
@@ -46,7 +46,7 @@ class EvalMetrics:
 
     @property
     def perplexity(self) -> float:
-        """Return e to the power of the loss."""
+        """Exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
@@ -79,19 +79,19 @@ class EvalResult(EvalMetrics):
         return {**super().to_json(), "sources": parts}
 
     def lines(self) -> list[str]:
-        """Format the metrics of all rows and, where there are several, of each source."""
+        """Return a line with the metrics of all rows and, if there are several sources, a line for each."""
         parts = [f"  {name}: {part}" for name, part in self.sources.items()]
         return [str(self), *(parts if len(parts) > 1 else [])]
 
 
 @dataclass(frozen=True)
 class EvalDataset:
-    """Rows to evaluate on, by source, all read in one way."""
+    """Rows to evaluate on, by source, all read with one row objective."""
 
     sources: dict[str, Batches]
     """Rows by the name of their source."""
     row_objective: str
-    """The objective by which they are read."""
+    """Row objective with which they are read."""
 
     @property
     def corpus(self) -> BlendedDataset:
@@ -99,7 +99,7 @@ class EvalDataset:
         return next(iter(self.sources.values())).corpus
 
     def rows(self, most: int | None) -> list[int]:
-        """Return the number of rows of each source to read: all, or `most` in proportion and at least one of each."""
+        """Return how many rows of each source to read: all, or about `most` in proportion, at least one of each."""
         available = [batches.corpus.num_rows for batches in self.sources.values()]
         total = sum(available)
         if most is None or most >= total:
@@ -118,7 +118,7 @@ def build_eval_dataset(
     Args:
         train_state: the model that is evaluated.
         datasets: paths of the datasets by name.
-        row_objective: the objective by which the rows are read.
+        row_objective: the objective with which the rows are read.
         seq_len: tokens of a row; None: as in training.
 
     Raises:
@@ -172,7 +172,7 @@ def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | Non
 
 
 def mean(objective: str, sums: np.ndarray, rows: int) -> EvalMetrics:
-    """Return the metrics of rows from their sums of losses, labels and correct predictions."""
+    """Return the metrics of `rows` rows from their `sums` [3]: of losses, labels and correct predictions."""
     loss, labels, correct = sums.tolist()
     return EvalMetrics(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
 
@@ -188,12 +188,12 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
 
 
 def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | None = None) -> float:
-    """Return the cross entropy of the training data's token frequencies on the labels that `evaluate` predicts.
+    """Return the loss, in nats, of predicting the labels of `evaluate` from token frequencies of the training data.
 
-    One is added to each count. It is what a model that ignores all context can reach.
+    A model that ignores all context can reach this loss. One is added to the count of each token.
     """
     counts = np.ones(train.vocab_size, dtype=np.float64)
-    # a count over the vocabulary for each chunk would cost more than reading the chunk
+    # chunks at once, because a count over the vocabulary costs more than reading one chunk
     together = 4096
     for dataset in train.datasets:
         for begin in range(0, dataset.num_chunks, together):

@@ -1,7 +1,8 @@
 """Run public evaluations of an exported folder: lm-evaluation-harness for decoders, mteb for encoders.
 
-Both are extras (`pip install megatron_ettin[harness]`) and neither is imported before it is asked for. Tasks are named,
-or lie in a folder (lm: YAML files with `data_files` of one's own) or a Python file (mteb: its AbsTask classes).
+Both are extras (`pip install megatron_ettin[harness]`), imported only when they are used. A task is one of the
+harness's own, or is read from the user's folder of YAML files with `data_files` (lm) or Python file of AbsTask classes
+(mteb).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ READING_OF = {objective: reading for reading, objective in READINGS.items()}
 def trained_as(path: Path) -> tuple[str, ...]:
     """Return the exports ("mlm", "clm") that a run, a checkpoint or a Hugging Face folder was trained for.
 
-    The result is empty where that cannot be read.
+    The result is empty if that cannot be read.
     """
     try:
         if is_hf_folder(path):
@@ -46,7 +47,13 @@ def trained_as(path: Path) -> tuple[str, ...]:
 
 
 def check_reading(harness: str, path: Path, reading: str | None) -> None:
-    """Raise UserError where a model would be evaluated as what it was not trained as, unless `reading` asks for it."""
+    """Raise UserError if a model was not trained as what the harness evaluates, and `reading` does not allow that.
+
+    Args:
+        harness: name of the harness.
+        path: the run, checkpoint or Hugging Face folder.
+        reading: value of --as, which must be what the harness evaluates; None: as trained.
+    """
     needed = HARNESSES[harness][1]
     if reading is not None and READINGS[reading] != needed:
         raise UserError(f"--as {reading}: --harness {harness} is for {READING_OF[needed]}s")
@@ -90,14 +97,14 @@ def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path
 def evaluate(
     harness: str, folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a Hugging Face folder and return task -> measure -> figure.
+    """Evaluate a Hugging Face folder, and return the figures by task and measure.
 
     Args:
         harness: name of the harness.
         folder: the exported model.
         tasks: names of the tasks.
         task_path: folder or file of more tasks.
-        limit: number of examples of a task; None: all.
+        limit: number of examples for each task; None: all. Used by lm only.
         batch_rows: rows of a forward pass.
 
     Raises:
@@ -151,7 +158,7 @@ def _mteb(
             raise UserError(f"--tasks: mteb has no {name!r}{hint}; --task-path names a Python file of more") from None
     model = SentenceTransformer(str(folder))
     results = mteb.evaluate(model, chosen, encode_kwargs={"batch_size": batch_rows}, cache=None)
-    # over all subsets and splits of a task, as mteb weighs them
+    # mteb's mean over all subsets and splits of a task
     return {result.task_name: {"main_score": float(result.get_score())} for result in results.task_results}
 
 
@@ -164,7 +171,7 @@ def _tasks_of(path: Path) -> dict[str, Any]:
         raise UserError(f"--task-path {path}: is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    classes: list[Any] = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, AbsTask)]
+    classes: list[Any] = [cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, AbsTask)]
     return {task.metadata.name: task for task in classes if getattr(task, "metadata", None) is not None}
 
 

@@ -1,6 +1,6 @@
 """Load a checkpoint in one process, in fp32 on the CPU, to evaluate it or to compute its logits for given tokens.
 
-Exports to Hugging Face are compared with the logits.
+Exports to Hugging Face are checked against these logits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def open_evaluation(
     Args:
         checkpoint: the checkpoint folder.
         datasets: paths of the datasets by name.
-        objective: objective by which rows are read; None takes that of the checkpoint, the masked one of two.
+        objective: row objective; None takes the checkpoint's, of a hybrid the masked one.
         seq_len: tokens of a row; None takes the length of training.
 
     Raises:
@@ -82,7 +82,7 @@ def open_evaluation(
 def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | None = None) -> list[torch.Tensor]:
     """Return the fp32 logits [n, vocabulary] of each list of n token ids. Each list is a chunk of its own.
 
-    The checksums of the checkpoint are not checked here; the caller does that.
+    The caller must have checked the checkpoint's checksums, because this function does not.
 
     Args:
         checkpoint: the checkpoint folder.

@@ -1,4 +1,4 @@
-"""Join the run directories of one model's phases, as training followed from one to the next."""
+"""Join the run directories of one model's phases, in the order in which the phases were trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_ettin.config.tables import long_name
 from megatron_ettin.metrics.columns import Column
 from megatron_ettin.runs.directory import PHASE_ORDER, RunDirectory
 
-# the final loss is the mean over so many steps
+# number of last steps whose mean loss is the final loss
 LAST_STEPS = 20
 SECONDS_AN_HOUR = 3_600.0
 
@@ -24,7 +24,7 @@ class PhaseChain:
     """The phases of one model, in the order in which they are trained."""
 
     name: str
-    """Size and objective, and what distinguishes the model from others of these: `17m mlm`."""
+    """Size and objective, such as `17m mlm`, and the folder or a number if several models have these."""
     runs: list[RunDirectory]
     notes: list[str] = field(default_factory=list)
     """Lines about weights of the first run that no run of the chain trained."""
@@ -40,13 +40,13 @@ class PhaseChain:
         return [run.phase for run in self.runs]
 
     def skipped_updates(self) -> dict[str, list[int]]:
-        """Return the steps whose updates were skipped, by phase; phases without any are not in it. Raises UserError."""
+        """Return the steps whose updates were skipped, by phase; phases without any are left out. Raises UserError."""
         return {run.phase: run.skipped_updates for run in self.runs if run.skipped_updates}
 
     def axes(self) -> list[dict[str, Column]]:
-        """Return the x of each run's steps since the model's start: `steps`, `tokens`, and `hours` spent in steps.
+        """Return, for each run, the `steps`, `tokens` and `hours` (spent in steps) since the first run, at each step.
 
-        An axis that a run does not know is left out.
+        A column is left out for a run that has not recorded its values.
         """
         axes, before = [], {"steps": 0.0, "tokens": 0.0, "hours": 0.0}
         for run in self.runs:
@@ -56,9 +56,9 @@ class PhaseChain:
         return axes
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures of the model as JSON has them. Raises UserError.
+        """Return the figures of the model in types that JSON has. Raises UserError.
 
-        What a run may choose freely, such as its layout, is shown and not judged.
+        Layout, micro-batch, precision and device are those of the last phase. They may differ between comparable runs.
         """
         last = self.runs[-1].config
         losses = self.runs[-1].metrics.known("loss").tolist()
@@ -96,25 +96,25 @@ def _axes_of(run: RunDirectory) -> dict[str, Column]:
 
 
 def final_loss(losses: Sequence[float]) -> float | None:
-    """Return the mean of the last losses, or None where there is none."""
+    """Return the mean of the last `LAST_STEPS` losses, or None if there are no losses."""
     return statistics.fmean(losses[-LAST_STEPS:]) if losses else None
 
 
 def join_phases(runs: Sequence[RunDirectory], by_record: bool) -> list[PhaseChain]:
-    """Join runs of one size and objective to chains, in the order in which the first run of each was given.
+    """Join runs of one size and objective to chains, sorted by the position in `runs` of each chain's earliest run.
 
     Args:
         runs: the runs.
-        by_record: what decides that a run continues a chain. True: the record of where the run began; a run without
-            one continues an earlier phase in the folder that it is in. False: the order of `runs`; a phase that the
-            chain has already starts another chain.
+        by_record: True: a run continues the run that its history.jsonl names as its origin; without such a record, it
+            continues an earlier phase in the same folder. False: a run continues the chain before it in `runs`; a
+            phase that this chain has already starts another chain.
 
     Raises:
         UserError: the configuration of a run cannot be read.
     """
     chains: list[PhaseChain] = []
     known = {run.path.resolve(): run for run in runs}
-    # a pattern of the shell names runs by the alphabet: in the order of the caller, phases are sorted at the end
+    # a shell's pattern lists runs alphabetically, so phases are sorted: here, or else after the chains are made
     for run in sorted(runs, key=_phase_index) if by_record else runs:
         name = f"{run.model_name} {run.objective}"
         same = [chain for chain in chains if chain.name == name]
@@ -139,7 +139,7 @@ def _phase_index(run: RunDirectory) -> int:
 
 
 def _continues(run: RunDirectory, last: RunDirectory, known: Mapping[Path, RunDirectory]) -> bool:
-    """Return whether a run continues the last one of a chain, by its record or, where it has none, by its folder."""
+    """Return whether a run continues a chain's `last` run, by its record or, if it has none, by its folder."""
     if _phase_index(run) <= _phase_index(last):
         return False
     for origin in run.origins:
@@ -151,7 +151,7 @@ def _continues(run: RunDirectory, last: RunDirectory, known: Mapping[Path, RunDi
 
 
 def _make_names_distinct(chains: Sequence[PhaseChain]) -> None:
-    """Add their folder's name, or a number, to models of one size and objective."""
+    """Add the folder's name, or else a number, to the names of models of one size and objective."""
     for name in {chain.name for chain in chains}:
         same = [chain for chain in chains if chain.name == name]
         for chain in same if len(same) > 1 else []:

@@ -163,7 +163,7 @@ class RunDirectory:
     def origins(self) -> list[Path]:
         """Return the paths at which the run or checkpoint may be that this run began from.
 
-        They are its recorded path, and its path relative to this run, which is right if both were moved together.
+        They are the recorded absolute path, and the path relative to this run, which is right if both were moved.
         """
         first = self.first_launch or {}
         recorded, relative = first.get("init_from"), first.get("init_from_relative")
@@ -213,7 +213,7 @@ class RunDirectory:
     def steps(self) -> dict[int, dict[str, Any]]:
         """Return the line of each step in metrics.jsonl by step, ascending, without evaluations. Raises UserError.
 
-        A value that should be a number and is none is left out, as if it had not been recorded.
+        For the keys in NUMBERS, a value that is not a number (or null) is left out, as if it had not been recorded.
         """
         lines = [line for line in read_metrics(self.path / METRICS_FILE) if _is_count(line.get("step"))]
         steps = {line["step"]: _without_wrong_numbers(line) for line in lines if _is_count(line.get("tokens"), least=1)}
@@ -342,8 +342,8 @@ def _seconds_of(time: Any) -> float:
 def fixes_guard(stored_groups: Mapping[str, Any]) -> bool:
     """Return whether the version that stored a configuration fixed the keys of the anomaly detector for a run.
 
-    Older versions judged spikes by the mean and standard deviation of loss and gradient norm. A run of theirs continues
-    under the new rule, and only its record shows which of its updates were skipped.
+    Older versions judged spikes by the mean and standard deviation of loss and gradient norm. A run that they
+    began continues under the new rule, and only its record shows which of its updates were skipped.
     """
     return "spike_ratio" in (stored_groups.get("resilience") or {})
 

@@ -55,11 +55,11 @@ ORDER_KEY = "data.order"
 
 
 def check_writable(run_dir: Path, what: str = "run directory ") -> None:
-    """Create a folder if need be, and raise UserError where no files can be written in it.
+    """Create a folder if it does not exist, and raise UserError if no files can be written in it.
 
     Args:
         run_dir: the folder.
-        what: names the folder in messages.
+        what: text before the folder's path in messages.
     """
     probe = run_dir / f".tmp-probe-{platform.node()}-{os.getpid()}"
     try:
@@ -76,9 +76,9 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second launch out of `run_dir` while this one trains. The lock ends with the process that holds it.
+    """Keep other launches out of `run_dir` during the block. If this process dies, its lock ends.
 
-    Raises UserError where another launch holds it.
+    Raises UserError if another launch holds the lock. A file system without locks causes a warning.
     """
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
@@ -98,7 +98,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow: Sequence[str]) -> list[str]:
-    """Return the names of allowed changes. Raises UserError naming the first change that is not allowed."""
+    """Return the science keys in `allow` that differ from the run's record. Raises UserError if others differ."""
     allow = [current_name(key) for key in allow]
     for key in allow:
         if key not in key_types():
@@ -148,7 +148,7 @@ def guard_rule_note(run_dir: Path, now: ResilienceConfig) -> str | None:
 
 
 def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> None:
-    """Raise UserError where `data.skip` changed among the rows already trained on: the rows after them would move."""
+    """Raise UserError if `data.skip` changed within the rows already trained on, because later rows would move."""
     run = RunDirectory(run_dir)
     before = parse_skips(run.config.data.skip) if run.has_begun else corpus.skips
     reached = int(order_indices(trained_rows - 1, before)) + 1 if trained_rows else 0
@@ -161,7 +161,7 @@ def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> Non
 
 
 def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
-    """Describe the datasets that the first launch did not have; empty where there are none."""
+    """Return a text that names the datasets that order.json (`order`) does not list; empty if there are none."""
     listed = order.get("datasets")
     known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
     other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
@@ -169,7 +169,7 @@ def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
 
 
 def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
-    """Raise UserError where a checkpoint's config.yaml has another science key: it is another run's then.
+    """Raise UserError if a science key in a checkpoint's config.yaml differs: the checkpoint is then another run's.
 
     Keys that a launch of this run was allowed to change may differ.
     """
@@ -193,10 +193,16 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
 def origin(
     run_dir: Path, init_from: Path | None, from_step: int | None, inherited_model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the first launch of a run began from, for `ettin release` to follow.
+    """Return what history.jsonl records of the weights that a new run begins from; empty if there are none.
 
-    The path is recorded absolute and relative to the run directory, so that runs moved together still find each other,
-    with what of the model came from it.
+    It is empty for later launches too. The path is recorded absolute and relative to the run directory, so that runs
+    that were moved together still find each other. `ettin release` reads it.
+
+    Args:
+        run_dir: the run directory.
+        init_from: the run or checkpoint that the run begins from; None: initial weights.
+        from_step: step of its checkpoint; None: its latest.
+        inherited_model_keys: keys of `model` that came with it.
     """
     if init_from is None or RunDirectory(run_dir).first_launch is not None:
         return {}
@@ -218,7 +224,7 @@ def order_record(batch: BatchConfig, corpus: BlendedDataset) -> dict[str, Any]:
 
 
 def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset) -> None:
-    """Raise UserError where batches would be read from other rows than the run records.
+    """Raise UserError if batches would be read from other rows than the run records.
 
     Args:
         config: configuration of the run.
@@ -236,7 +242,7 @@ def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset)
 
 
 def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: dict[str, Any]) -> None:
-    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
+    """Write config.yaml and order.json, and append `launch` to history.jsonl. Only one rank may call this."""
     write_atomically(run_dir / CONFIG, to_yaml(config))
     write_atomically(run_dir / ORDER, json.dumps(order_record(config.batch, corpus), indent=1) + "\n")
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
@@ -246,7 +252,7 @@ def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: 
 
 
 def check_roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> None:
-    """Raise UserError where the run neither went back to `step` before nor has a checkpoint of it."""
+    """Raise UserError if `roll_back` was not done with these arguments before and `step` has no checkpoint."""
     if not _was_done(run_dir, step, skip):
         at_step(run_dir, step)
 
@@ -258,9 +264,20 @@ def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
 
 
 def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
-    """Make `step` the newest checkpoint of the run; return False where that was done before.
+    """Make `step` the newest checkpoint of the run, and move later ones aside.
 
-    The same call finishes what a killed one began. Raises UserError where the run has no such checkpoint.
+    If the process is killed, the same call finishes the work.
+
+    Args:
+        run_dir: the run directory.
+        step: step of the checkpoint.
+        skip: `data.skip` of this launch.
+
+    Returns:
+        False, without doing anything, if the run went back to `step` with the same `skip` before.
+
+    Raises:
+        UserError: the step has no checkpoint, a milestone only, or a damaged checkpoint.
     """
     if _was_done(run_dir, step, skip):
         return False

@@ -49,7 +49,7 @@ def open_run(path: Path) -> tuple[Config, BlendedDataset]:
 
 
 def check_same_order(path: Path, corpus: BlendedDataset) -> None:
-    """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
+    """Raise UserError if the run directory `path` recorded another order than its datasets give today."""
     recorded = RunDirectory(path).order.get("fingerprint")
     # not a run directory, or not started: nothing is recorded
     if isinstance(recorded, str) and recorded != corpus.fingerprint:
@@ -72,7 +72,7 @@ def parse_steps(text: str) -> range:
 
 
 def batch_sizes(config: Config, corpus: BlendedDataset, steps: range) -> BatchSizes:
-    """Return the rows of every step. Raises UserError where a recorded order ends before `steps` do."""
+    """Return the number of rows of every step. Raises UserError if a recorded order ends before `steps` do."""
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
     if corpus.row_limit is not None and sizes.rows_before(steps.stop - 1) > corpus.row_limit:
         raise UserError(
@@ -87,7 +87,7 @@ def iter_rows(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.
     first, end = sizes.rows_before(steps.start - 1), sizes.rows_before(steps.stop - 1)
     while first < end:
         stop = min(end, first + ROWS_AT_ONCE)
-        # from 0
+        # counted from 0
         step = sizes.steps_within(first)
         first_rows = [sizes.rows_before(step)]
         while first_rows[-1] < stop:
@@ -99,7 +99,7 @@ def iter_rows(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.
 
 
 def tables(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[Table]:
-    """Yield tables with one line for each chunk: its document, its token span, its place in the row.
+    """Yield tables with one line for each chunk: its document, its token span, its start in the row.
 
     `end_token` is exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are
     in `row_start` only.
@@ -132,7 +132,7 @@ def table_of(corpus: BlendedDataset, step: np.ndarray, batch_slot: np.ndarray, o
 
 
 def spans(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `tables`, one record a chunk."""
+    """Yield the lines of `tables`, a dict for each chunk."""
     for table in tables(config, corpus, steps):
         columns = [column if isinstance(column, list) else column.tolist() for column in table.values()]
         for values in zip(*columns, strict=True):
@@ -152,7 +152,7 @@ def write_parquet(
         config: configuration of the run.
         corpus: rows of the run.
         steps: steps whose rows are written, counted from 1.
-        names: what to call the datasets instead of their paths.
+        names: names to write instead of the datasets' paths, by path.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -189,9 +189,9 @@ def step_rows(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[
 def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: range) -> int:
     """Write exactly what the model sees as .npz and return the number of rows n.
 
-    The arrays are step [n]; causal [n], whether the row is causal; input_ids and labels [n, seq_len] (-100 where
-    nothing is predicted, shifted already for clm and mntp); spans [m, 3]: index of the row, first token and end of
-    every chunk. All of it is in memory: 16 bytes a token of a row.
+    The arrays are step [n]; causal [n], whether the row is causal; input_ids and labels [n, seq_len] (-100 for
+    tokens that are not predicted, shifted already for clm and mntp); spans [m, 3]: index of the row, first token and
+    end of every chunk. All arrays are held in memory: 16 bytes for each token of a row.
     """
     collate, mix = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
@@ -213,7 +213,7 @@ def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: rang
 
 @contextlib.contextmanager
 def _output(out: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `out`. Raises UserError where the file system refuses."""
+    """Yield a temporary path that becomes `out` after the block. Raises UserError if the file system refuses."""
     try:
         with atomic_path(out, durable=False, per_process=True) as temporary:
             yield temporary

@@ -128,7 +128,7 @@ class Saver:
         return result
 
     def wait(self) -> SaveResult | None:
-        """Wait for the save in flight (collective). Return on every rank the result that `poll` has not returned yet."""
+        """Wait for the save in flight (collective). Return on every rank the result that `poll` did not return yet."""
         self._join()
         result = broadcast_object(self.result)
         self.result = None
