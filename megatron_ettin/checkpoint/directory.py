@@ -61,7 +61,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def list_milestones(run_dir: Path) -> list[Path]:
-    """Return the milestones (weights only, kept for good), oldest first."""
+    """Return the milestones (weights only, never pruned), oldest first."""
     return _steps_in(milestones_folder(run_dir))
 
 
@@ -132,11 +132,11 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
     """Return the checkpoint to resume from; None if the run has none.
 
     It is the one that `latest` names, if that one is whole, else the newest one that passes a check with checksums. The
-    log names the damaged file of each checkpoint that is passed over.
+    log names the damaged file of each checkpoint that is skipped.
 
     Args:
         run_dir: the run directory.
-        checksums: also compare the checksums of the one that `latest` names, and not only its files and their sizes.
+        checksums: whether the checksums of the one that `latest` names are compared too, not only its file sizes.
         check: function for a check with checksums, in place of `verify`.
 
     Raises:

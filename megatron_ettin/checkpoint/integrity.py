@@ -20,7 +20,7 @@ from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json, with_
 from megatron_ettin.base.paths import checked_name, path_in, refuse_links
 
 INTEGRITY = "integrity.json"
-# format 1 has a digest of each file, none of blocks and none of its own
+# format 1 has a digest for each file, but none for blocks and none for integrity.json itself
 FORMATS = (1, 2)
 
 
@@ -47,8 +47,8 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
     with ThreadPoolExecutor(digests.THREADS) as disk:
         forced = [disk.submit(fsync, path) for path in paths]
         files = dict(digests.in_threads(entry, paths))
-        for one in forced:
-            one.result()
+        for future in forced:
+            future.result()
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
     content = with_digest({"format": FORMATS[-1], "files": files})
@@ -83,10 +83,13 @@ def file_of(folder: Path, name: str) -> Path:
 def verify(
     folder: Path, checksums: bool = True, which: Callable[[str], bool] | None = None, background: bool = False
 ) -> None:
-    """Raise UserError naming the first missing, truncated or changed file; sizes first, for they cost nothing.
+    """Raise UserError naming the first missing, truncated or changed file of a checkpoint.
 
-    With checksums=False only presence and sizes are checked; `which` names the files whose sha256 are (else all).
-    `background`: as in `in_threads`.
+    Args:
+        folder: the checkpoint.
+        checksums: whether sha256 are compared, after the presence and sizes of all files.
+        which: returns whether the sha256 of the named file is compared; None: of all files.
+        background: whether the hashing threads get a lower priority.
     """
     entries = read_entries(folder)
     for name, entry in entries.items():
@@ -111,13 +114,13 @@ def check_nothing_else(folder: Path) -> None:
     listed = read_entries(folder)
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        # names that begin with a dot are file systems' and desktops' own, and nothing copies them
+        # files that begin with a dot are made by file systems and desktops, and no export copies them
         if name not in listed and not path.name.startswith("."):
             raise UserError(f"{path}: not in {INTEGRITY}: it came after the checkpoint was written; refused, remove it")
 
 
 def verify_blocks(folder: Path, blocks: Sequence[Block], background: bool = False) -> None:
-    """Raise UserError naming the first of `blocks` that is not what was written. `background`: as in `in_threads`."""
+    """Raise UserError naming the first of `blocks` whose bytes changed. `background`: hash at a lower priority."""
 
     def check(block: Block) -> None:
         path = file_of(folder, block.name)

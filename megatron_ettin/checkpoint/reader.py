@@ -64,7 +64,7 @@ _DAMAGE = (
 
 
 class AllowListed(pickle.Unpickler):
-    """An unpickler that knows the classes of `.metadata` and no others."""
+    """Unpickler that allows the classes of `.metadata` and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return an allowed class. Raises UnpicklingError for any other."""
@@ -102,7 +102,7 @@ def _checked(metadata: Any, path: Path) -> Metadata:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Return whether an entry has the fields that are read from it; an unpickled object may lack any."""
+    """Return whether an entry has all fields that are read later, because an unpickled object may lack any."""
     if not isinstance(entry, TensorStorageMetadata):
         return isinstance(entry, BytesStorageMetadata)
     sizes = [getattr(entry, "size", None)]
@@ -252,7 +252,7 @@ class CheckpointReader:
         return tensor
 
     def _check_sizes(self, key: str, entry: TensorStorageMetadata) -> None:
-        """Raise UserError, before anything is allocated, where the files are too small for a tensor."""
+        """Raise UserError, before memory is allocated, if the files are too small for a tensor."""
         for chunk in entry.chunks:
             info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
             wanted = chunk.sizes.numel() * entry.properties.dtype.itemsize
@@ -280,7 +280,7 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def read_common(path: Path) -> Any:
-    """Read common.pt of a checkpoint by torch's weights-only unpickler, whatever the environment variables say."""
+    """Read common.pt of a checkpoint with torch's weights-only unpickler. Raises UserError."""
     file = Path(path) / "common.pt"
     with _naming(file):
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -349,6 +349,6 @@ def check_pickle(content: bytes) -> None:
                 marks += 1
                 if marks > _DEEPEST + len(content) // 16:
                     raise pickle.UnpicklingError(f"byte {position}: {marks:,} marks")
-    # genops raises these where a pickle is damaged
+    # genops raises these if a pickle is damaged
     except (ValueError, OverflowError, LookupError, struct.error) as error:
         raise pickle.UnpicklingError(str(error)) from None

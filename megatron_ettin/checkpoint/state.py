@@ -64,7 +64,7 @@ def plan_state(path: Path, model: dict[str, Any], optimizer: Any, progress: dict
 
 
 class _Planning(TorchDistSaveShardedStrategy):
-    """Core's strategy up to the point where it would write."""
+    """Core's save strategy, which keeps the plan in `planned` instead of writing it."""
 
     planned: tuple[Any, Any]
 
@@ -76,7 +76,7 @@ class _Planning(TorchDistSaveShardedStrategy):
 def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict[str, Any]:
     """Read `path` into the layout that the sharded tensors describe (collective).
 
-    Returns {"model0": ..., "optimizer": ..., "progress": ...}. Raises UserError naming the checkpoint where a tensor
+    Returns {"model0": ..., "optimizer": ..., "progress": ...}. Raises UserError naming the checkpoint if a tensor
     is missing or has another shape.
     """
     wanted = {**model, "progress": {}}
@@ -91,7 +91,7 @@ def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict
 
 
 def put_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Copy loaded weights into the model chunks."""
+    """Copy loaded weights into the model chunks. Raises UserError if a weight is missing."""
     for i, chunk in enumerate(chunks):
         missing, _ = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         lost = [name for name in missing if not name.endswith("_extra_state")]
@@ -101,7 +101,7 @@ def put_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence core's and torch's warnings about what is chosen on purpose here."""
+    """Silence warnings of core and torch in the block; they are about choices that this module makes on purpose."""
     loggers = [logging.getLogger(name) for name in ("megatron.core", "torch.distributed.checkpoint")]
     levels = [logger.level for logger in loggers]
     try:
@@ -119,24 +119,25 @@ PREFIX = "fp8_scales."
 
 
 def keeps_scales(precision: PrecisionConfig) -> bool:
-    """Return whether a run has scales that outlive a step."""
+    """Return whether a run has FP8 scales that outlive a step (delayed scaling)."""
     return PRECISIONS[precision.name].fp8_recipe == "delayed"
 
 
 def stored_scales(checkpoint: Path) -> set[str]:
-    """Return the names of the scales in a checkpoint; none where another precision wrote it."""
+    """Return the names of the FP8 scales in a checkpoint; empty if it was written in another precision."""
     return {key for key in CheckpointReader(checkpoint).keys() if key.startswith(PREFIX)}  # noqa: SIM118
 
 
 def scales_in_use(
     chunks: Sequence[Any], model_state: dict[str, Any], wanted: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the scales of this rank's linears by name; writing to a tensor sets it.
+    """Return the live FP8 scales of this rank's linears by name; writing to a tensor sets the scale.
 
     Args:
         chunks: this rank's model chunks.
         model_state: their sharded state, which has the canonical names.
-        wanted: for loading, the names in the checkpoint; linears of these get their tensors if they have none yet.
+        wanted: names in the checkpoint that is loaded. Only these are returned, and their linears get scales if they
+            have none yet. None: all scales.
     """
     keys = {
         id(entry.data): entry.key
@@ -160,7 +161,7 @@ def sharded(scales: dict[str, torch.Tensor], layout: Layout) -> dict[str, Sharde
 
 
 def _linears(chunk: Any, keys: dict[int, str]) -> Iterator[tuple[str, Any]]:
-    """Yield (prefix of its scales' names, module); the prefix is the canonical name of its weight on any stage."""
+    """Yield (prefix of its scales' names, linear). The prefix has the weight's canonical name, equal on any layout."""
     for module in chunk.modules():
         weight = keys.get(id(getattr(module, "weight", None)))
         if weight is not None and hasattr(module, "fp8_meta"):

@@ -42,7 +42,7 @@ def write_weights(
 ) -> dict[str, Entry]:
     """Write unsharded tensors under their canonical names, and `common` (plain types), into a folder.
 
-    Returns the integrity entries of the files of tensors, each computed while the next one is written.
+    Returns the integrity entries of the .distcp files, by name. Each file is hashed while the next one is written.
     """
     staging = Path(staging)
     staging.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_weights(
     _write_metadata(staging, entries, storage)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
-    return {name: one.result() for name, one in hashed.items()}
+    return {name: entry.result() for name, entry in hashed.items()}
 
 
 def _hash_and_fsync(path: Path) -> Entry:
@@ -104,7 +104,7 @@ def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a view, of which torch.save would write the whole storage."""
+    """Return whether a tensor is a view. torch.save would write the whole storage of a view."""
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
 
 

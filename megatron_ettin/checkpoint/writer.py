@@ -1,15 +1,15 @@
 """Write a planned checkpoint in the background while training goes on.
 
 A thread of every rank writes and hashes this rank's files, from copies in host memory, and leaves a mark file next to
-them. A thread of rank 0 finishes once all marks are there. After the planning nothing is collective, so that nothing
-waits: marks are files, on the file system that the checkpoint is on anyway. Threads are used and not processes, because
-a process would outlive a killed rank and copy its memory once more; what takes long (writing, forcing to the disk,
-hashing) releases the interpreter's lock.
+them. A thread of rank 0 finishes once all marks are there. After the planning nothing is collective, so training never
+waits for other ranks' writes: marks are files, on the checkpoint's file system. Threads are used and not processes,
+because a process would outlive a killed rank and copy its memory once more. The slow operations (writing, forcing to
+the disk, hashing) release Python's global lock.
 
 With `checkpoint.staging`, files are written to a folder on the host's own disk before they are copied. The folder that
 a user names may be shared: by the ranks of a host, by both runs of a pair, by a job array. So each save of each process
-makes one of its own in it, locked for as long as the process lives, and removes it whatever happens. What a killed
-process left has no lock any more, and is removed at the next save of anyone.
+makes a subfolder, locked while the process lives, and removes it afterwards, also after an error. The subfolder of a
+killed process is no longer locked, and the next save of any process removes it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.files import LockHeldError, fsync, try_lock, write_atomically
 from megatron_ettin.checkpoint.weights_writer import save_tensor
 
-# followed by the rank
+# name of a rank's mark file, without the rank at its end
 MARK = ".written-"
 POLL_SECONDS = 0.05
 
@@ -49,7 +49,7 @@ class NotWrittenError(Exception):
 
 @dataclass
 class Plan:
-    """The files that this rank writes into `folder`. `writer` and `metadata` are core's; only rank 0 has the latter."""
+    """The files that this rank writes into `folder`. `writer` and `metadata` are core's; only rank 0 has `metadata`."""
 
     folder: Path
     rank: int
@@ -65,11 +65,11 @@ class Plan:
         return self.writer.write_buckets or []
 
     def copy_tensors(self, live: set[int] | None, synchronize: Callable[[], None]) -> None:
-        """Replace tensors that training goes on to change in place by copies in host memory.
+        """Replace the tensors that training will change in place by copies in host memory.
 
         Args:
-            live: addresses of storages that the training uses, None for all. Tensors on a device are copied always; the
-                others are copies already, which core made of views.
+            live: addresses of the host storages that training changes; None: all. Other tensors in host memory are
+                copies already, which core made of views. Tensors on a device are always copied.
             synchronize: waits for copies from the device.
         """
 
@@ -110,23 +110,31 @@ class Plan:
         _write_mark(self.folder / f"{MARK}{self.rank}", mark)
 
     def _write_files(self, first: Path, mark: dict[str, Any]) -> None:
-        """Write and hash each file in the folder `first`, and copy it to where it belongs if that is elsewhere."""
+        """Write and hash each file in the folder `first`, and move it to its final folder if that is another."""
         for path, name, (items, tensors) in self.buckets:
             written, final = first / name, Path(path)
             self.at = written
-            # state.py leaves them out
+            # state.py leaves pickled entries out of a checkpoint
             assert not items, "pickled entries"
             mark["stored"] += _write_file(written, name, tensors)
-            # before it is copied: a digest of the copy would seal whatever the copy is
+            # hashed before it is copied: a digest of the copy would fit a damaged copy too
             mark["files"][name] = integrity_entry(written)
             if written != final:
                 self.at = final
                 _move(written, final, mark["files"][name])
 
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
-        """Wait on rank 0 for all marks, and write what core leaves to the coordinator.
+        """Wait on rank 0 for all marks, and write the files that core leaves to the coordinator.
 
-        Returns the integrity entries of the ranks' files. Raises NotWrittenError, and OSError for its own files.
+        Args:
+            given_up: returns whether to stop waiting.
+
+        Returns:
+            The integrity entries of all ranks' files, by name.
+
+        Raises:
+            NotWrittenError: a rank could not write its files, or had not when `given_up` returned True.
+            OSError: rank 0 cannot write the files of the coordinator.
         """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
@@ -173,7 +181,7 @@ def _result(fqn: str, offset: Any, number: Any, name: str, first: int, length: i
 
 
 def _move(source: Path, target: Path, written: Entry) -> None:
-    """Copy a file to another file system and remove it here. Raises OSError where the copy is not what was written."""
+    """Copy a file to another file system and remove the original. Raises OSError if the copy differs."""
     shutil.copyfile(source, target)
     fsync(target)
     if integrity_entry(target) != written:
@@ -182,7 +190,7 @@ def _move(source: Path, target: Path, written: Entry) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the OSError behind an error: torch reports a full disk as an error of its zip writer."""
+    """Return the text of the OSError behind an error: torch reports a full disk as an error of its zip writer."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -208,14 +216,14 @@ ATTEMPTS = 100
 
 @contextlib.contextmanager
 def staging_folder(root: Path, run: str) -> Iterator[Path]:
-    """Make an empty folder below `root` that no other save writes to, and remove it with what is in it.
+    """Yield a new folder below `root` that no other save writes to, and remove it and its files after the block.
 
     Args:
         root: the folder of `checkpoint.staging`, made if need be.
         run: name of the run, a part of the folder's name, for people who look at the disk.
 
     Raises:
-        OSError: where the disk refuses.
+        OSError: the disk refuses.
     """
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
@@ -233,7 +241,7 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.iterdir():
         if not _OURS.fullmatch(folder.name) or folder.is_symlink():
             continue
-        # another user's, or one that has just gone
+        # the folder may be another user's, or was just removed
         with contextlib.suppress(OSError, LockHeldError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -244,13 +252,13 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _locked_folder(root: Path, prefix: str) -> tuple[Path, int]:
-    """Make a folder and lock it. Another process may take it for a leftover between the two: then make the next."""
+    """Make a folder and lock it; if another process removes it as a leftover before it is locked, make another one."""
     for _ in range(ATTEMPTS):
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         lock = None
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            # without locks nothing there is taken for a leftover
+            # if the file system has no locks, no process removes folders as leftovers
             try_lock(lock)
         except (LockHeldError, FileNotFoundError):
             pass

@@ -22,7 +22,7 @@ MOST_COLUMNS = 500
 
 @dataclass
 class MetricColumns:
-    """The columns of metrics.jsonl: a number for each step, NaN where a line has none."""
+    """Columns of metrics.jsonl: a number for each step, NaN if the step's line has none."""
 
     columns: dict[str, Column] = field(default_factory=dict)
     bad_steps: dict[int, str] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class MetricColumns:
 
     @classmethod
     def read(cls, path: Path) -> MetricColumns:
-        """Read a file; a missing one gives no steps. 100,000 steps take a second or two."""
+        """Read a file (100,000 steps take a second or two). A missing file gives no steps."""
         metrics, damaged, count = cls(), list[tuple[int, bytes]](), 0
         columns = {"step": array("d")}
         for _, line in iter_metrics(path, damaged, missing_ok=True):
@@ -60,7 +60,7 @@ class MetricColumns:
 
     @property
     def steps(self) -> Column:
-        """Return the step of each line, ascending."""
+        """Return the steps, ascending, each once."""
         return self.columns.get("step", np.empty(0))
 
     def known(self, key: str) -> Column:
@@ -75,7 +75,7 @@ class MetricColumns:
 
 
 def _by_step(columns: Mapping[str, Column]) -> dict[str, Column]:
-    """Return the columns with each step once, ascending. Of a step that was written twice, the later line is kept."""
+    """Return the columns with each step once, ascending. If a step has several lines, the last number counts."""
     steps, rows = np.unique(columns["step"], return_inverse=True)
     merged = {}
     for key, column in columns.items():

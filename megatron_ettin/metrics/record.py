@@ -1,6 +1,6 @@
 """Read and write `metrics.jsonl`, the record that all else is derived from: one JSON object a step, each step once.
 
-Non-finite numbers are written as null, so that every line is strict JSON, which any reader takes.
+Non-finite numbers are written as null, so that every line is strict JSON, which any JSON reader accepts.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ TAIL_BYTES = 64 << 10
 def iter_metrics(
     path: Path, damaged: list[tuple[int, bytes]], missing_ok: bool = False
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield every sound line of a metrics file without its line end, and the object that it holds.
+    """Yield (line without its line end, its JSON object) for every sound line of a metrics file.
 
     A sound line is a JSON object, with a whole number for its step if it has one. A last line that is not sound is left
     out, because a killed writer may leave half of one.
 
     Args:
         path: the file.
-        damaged: gets the number, from 1, and the text of every other line that is not sound.
-        missing_ok: end where the file cannot be read.
+        damaged: list to which (number from 1, text) of every other line that is not sound is added.
+        missing_ok: stop without an error if the file cannot be read.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, unless `missing_ok`.
     """
     last: tuple[int, bytes] | None = None
     try:
@@ -59,7 +59,7 @@ def iter_metrics(
 
 
 def _sound_object(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line; None where it is none, or its step is no whole number."""
+    """Return the JSON object of a line; None if it is not one, or its step is not a whole number."""
     try:
         content = load_json(line)
     except ValueError:
@@ -68,7 +68,7 @@ def _sound_object(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return every sound line of a metrics file, in order, and warn of damaged ones. Raises UserError."""
+    """Return the object of every sound line, in order, and warn of damaged lines. Raises UserError."""
     damaged: list[tuple[int, bytes]] = []
     lines = [content for _, content in iter_metrics(Path(path), damaged)]
     if damaged:
@@ -77,7 +77,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_last_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the sound lines in the last 64 KiB of a metrics file, in order; none where it cannot be read."""
+    """Return the objects of the sound lines in a file's last 64 KiB, in order; empty if it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -93,7 +93,7 @@ def _describe_damage(damaged: list[tuple[int, bytes]]) -> str:
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Replace a file by these lines; it has exactly them, or is as it was before."""
+    """Replace the content of a file by these lines, or leave it as it was if that fails."""
     write_atomically(path, b"".join(line + b"\n" for line in lines))
 
 
@@ -109,7 +109,7 @@ class JsonlSink:
             metrics.rolled_back.jsonl, so that the record has each step once; they are copied before they are removed.
 
     Attributes:
-        problem: why lines wait to be written; None where none do.
+        problem: why lines wait to be written; None if none wait.
     """
 
     required = True
@@ -125,9 +125,9 @@ class JsonlSink:
 
     def _mend(self, resume_step: int | None) -> None:
         damaged: list[tuple[int, bytes]] = []
-        # of a million lines the steps fit into memory, their objects might not
+        # without the objects, which might not fit into memory for a million lines
         lines = [(line, content.get("step", 0)) for line, content in iter_metrics(self.path, damaged)]
-        # a full disk or an editor: no reason for a run to end, and none to throw anything away
+        # a full disk or an editor can damage lines: keep them in another file, and let the run continue
         if damaged:
             aside = self.path.with_name(DAMAGED_FILE)
             log_warning(f"warning: {self.path}:{damaged[0][0]}: {_describe_damage(damaged)}; moved to {aside.name}")
@@ -137,7 +137,7 @@ class JsonlSink:
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
             earlier = [line for line, _ in iter_metrics(rolled_back, [])] if rolled_back.exists() else []
-            # they are equal after a kill between the two replacements below
+            # equal if an earlier start was killed between the two replacements of files below
             if earlier[-len(past) :] != past:
                 _replace(rolled_back, earlier + past)
         dropped = set(past)
@@ -146,12 +146,12 @@ class JsonlSink:
             _replace(self.path, kept)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Append the line of a step, or keep it in memory where it cannot be written."""
+        """Append the line of a step, or keep it in memory if it cannot be written."""
         self._waiting.append(json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         self._write_waiting()
 
     def _write_waiting(self) -> None:
-        """Write what waits, whole lines in their order, as far as there is room."""
+        """Write the waiting lines in order until one cannot be written."""
         count, earlier = len(self._waiting), self.problem
         self.problem = None
         while self._waiting and self.problem is None:
@@ -164,12 +164,12 @@ class JsonlSink:
             log_info(f"{self.path}: the {count} lines that waited are written")
 
     def _why_not_written(self, line: bytes) -> str | None:
-        """Write a line; return None, or the reason why the file is as it was before."""
+        """Write a line and return None, or restore the file's length and return the reason."""
         try:
             end = self._file.seek(0, os.SEEK_END)
             try:
                 written = 0
-                # what is written in part says why only when the rest is tried
+                # a partial write raises no error; writing the rest does
                 while written < len(line):
                     written += self._file.write(line[written:])
                 return None
@@ -182,7 +182,7 @@ class JsonlSink:
         return f"{self.path}: {error.strerror or error}"
 
     def close(self) -> None:
-        """Write what waits and force the file to the disk; warn of lines that are lost."""
+        """Write the waiting lines, force the file to the disk, and warn of lines that are lost."""
         if self._file.closed:
             return
         self._write_waiting()
@@ -195,7 +195,7 @@ class JsonlSink:
 
 
 def finite(value: Any) -> Any:
-    """Return a value as strict JSON has it: NaN and infinities become None."""
+    """Return a copy of a value for strict JSON: NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -2,14 +2,14 @@
 
 The record (metrics.jsonl) keeps lines that cannot be written, and no checkpoint is saved before they are. Any other
 sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
-sinks open at their first line, so that opening is isolated as well.
+sinks open at their first step, so that an error in opening also switches them off only.
 
 Dashboards get the keys of metrics.jsonl as a group and a name; the record itself keeps its flat keys.
 
-Weights & Biases has one page for each run, kept over requeues, with a pair in one group. Mode (online, offline,
-disabled) and key are wandb's own environment variables. Where the service cannot be reached the run is written to disk
-instead (`wandb sync` sends it later). Steps that the page has already are not sent again after a resume from an earlier
-checkpoint: they are the same to the bit, and wandb cannot take them back.
+Weights & Biases has one page for each run, kept over requeues; the two runs of a pair are in one group. wandb's own
+environment variables set the mode (online, offline, disabled) and the key. If the service cannot be reached, the run is
+written to disk (`wandb sync` sends it later). Steps that the page has already are not sent again after a resume from an
+earlier checkpoint: they are the same to the bit, and wandb cannot replace them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_ettin.base.parsing import read_json_object
 # in the folder of Weights & Biases: the page's id, and the last step that it was sent
 STATE = "page.json"
 INIT_SECONDS = 60
-# the longest that the end of a run waits for what is not sent yet
+# longest time that the end of a run waits for data that are not sent yet
 FINISH_SECONDS = 120.0
 
 
@@ -42,14 +42,14 @@ class Sink(Protocol):
     """Whether a failure stops the run."""
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Take the metrics of a step, `step` among them."""
+        """Write the metrics of a step, which include `step`."""
 
     def close(self) -> None:
-        """Write what is left, at the end of the run."""
+        """Write what is buffered, at the end of the run."""
 
 
 class FanOut:
-    """Hand each step's metrics to every sink; one that fails is switched off unless it is required."""
+    """Hands each step's metrics to every sink. A sink that fails is switched off, unless it is required."""
 
     def __init__(self, sinks: Iterable[Sink]):
         self.sinks = list(sinks)
@@ -67,7 +67,7 @@ class FanOut:
 
     @property
     def problem(self) -> str | None:
-        """Reason why lines of the record wait to be written; None where none do."""
+        """Reason why lines of metrics.jsonl wait to be written; None if none wait."""
         return next(filter(None, (getattr(sink, "problem", None) for sink in self.sinks)), None)
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:
@@ -128,7 +128,7 @@ def grouped(key: str) -> str:
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers that a dashboard can draw, under their groups; `data/rows` is where the step's rows end."""
+    """Return the numbers that a dashboard can draw, by `grouped` key; `data/rows` is the row after the step's last."""
     numbers = {
         grouped(key): value
         for key, value in values.items()
@@ -165,21 +165,21 @@ class TensorBoardSink:
 
 @dataclass(frozen=True)
 class WandbIdentity:
-    """Names of the page."""
+    """Names and settings of a run's page at Weights & Biases."""
 
     project: str
     name: str
     group: str
-    """Shared by a pair."""
+    """Group of pages, which the encoder and the decoder of a pair share."""
     config: Mapping[str, Any] = field(default_factory=dict)
     history: int = 0
-    """Changes when a run goes back to an earlier step to train on other rows, which begins another page."""
+    """Number of rollbacks (`--from-step`) of the run. Each begins another page."""
     checkpoints: str = "none"
     """"none", "reference" (paths of checkpoints) or "upload" (their files)."""
 
 
 class WandbSink:
-    """One page; its directory is kept over restarts."""
+    """A run's page at Weights & Biases. Its state in `directory` is kept over restarts."""
 
     required = False
 
@@ -200,7 +200,7 @@ class WandbSink:
             self._remember()
 
     def keep(self, checkpoint: Path, step: int) -> None:
-        """Log a published checkpoint as an artifact where `checkpoints` is set."""
+        """Log a published checkpoint as an artifact, unless `checkpoints` is "none"."""
         if self._run is None or self.identity.checkpoints == "none":
             return
         import wandb
@@ -214,7 +214,7 @@ class WandbSink:
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:
-        """Log a folder as an artifact. An error becomes a warning, and the page ends as without it."""
+        """Log a folder as an artifact. An error becomes a warning; the page stays in use."""
         if self._run is None:
             return
         import wandb
@@ -227,10 +227,10 @@ class WandbSink:
             log_warning(f"wandb: no {name}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Finish the run at the service, as far as that takes no longer than FINISH_SECONDS."""
+        """Finish the run at the service, and wait for that at most FINISH_SECONDS."""
         if self._run is None:
             return
-        # the service may be away, and a job that has saved must end
+        # a job whose run is saved must end even if the service does not answer
         ending = threading.Thread(target=self._run.finish, daemon=True)
         ending.start()
         ending.join(FINISH_SECONDS)
@@ -254,10 +254,10 @@ class WandbSink:
             log_warning(
                 f"wandb: {first_line(error)}; the run is written to {self.directory}, to be sent by `wandb sync`"
             )
-            # its process still has the run that did not begin
+            # wandb's service process still has the run that could not begin
             wandb.teardown()
             self._run = self._begun(wandb, settings, "offline")
-        # a pair is compared by tokens: the x-axis of everything
+        # tokens are the x-axis of all metrics, because a pair is compared by tokens
         self._run.define_metric("data/tokens")
         self._run.define_metric("*", step_metric="data/tokens")
 
@@ -275,7 +275,7 @@ class WandbSink:
         )
 
     def _state(self) -> dict[str, Any]:
-        """Return the state of the page of this history; a new page where there is none."""
+        """Return the stored page's id and last step; those of a new page if none is stored or `history` has changed."""
         try:
             state = read_json_object(self.directory / STATE)
             if state["history"] == self.identity.history:
