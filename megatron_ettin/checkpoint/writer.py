@@ -126,15 +126,8 @@ class Plan:
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
         """Wait on rank 0 for all marks, and write the files that core leaves to the coordinator.
 
-        Args:
-            given_up: returns whether to stop waiting.
-
-        Returns:
-            The integrity entries of all ranks' files, by name.
-
-        Raises:
-            NotWrittenError: a rank could not write its files, or had not when `given_up` returned True.
-            OSError: rank 0 cannot write the files of the coordinator.
+        Returns the integrity entries of all ranks' files by name. Raises NotWrittenError if a rank could not write its
+        files, or had not when `given_up` returned True, and OSError if rank 0 cannot write the coordinator's files.
         """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 

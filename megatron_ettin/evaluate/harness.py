@@ -49,10 +49,7 @@ def trained_as(path: Path) -> tuple[str, ...]:
 def check_reading(harness: str, path: Path, reading: str | None) -> None:
     """Raise UserError if a model was not trained as what the harness evaluates, and `reading` does not allow that.
 
-    Args:
-        harness: name of the harness.
-        path: the run, checkpoint or Hugging Face folder.
-        reading: value of --as, which must be what the harness evaluates; None: as trained.
+    `reading` is the value of --as; it must be what the harness evaluates. None allows only what was trained.
     """
     needed = HARNESSES[harness][1]
     if reading is not None and READINGS[reading] != needed:

@@ -90,7 +90,7 @@ class WeightHashCheck(Hook):
     """Compares the weights that several ranks hold, every `resilience.check_replicas_every` steps."""
 
     def step(self, run: Run, info: StepResult) -> None:
-        """Compare the weights if this step is one of those (collective)."""
+        """Compare the weights if the step is a multiple of `resilience.check_replicas_every` (collective)."""
         every = run.config.resilience.check_replicas_every
         if every is not None and info.step % every == 0:
             check_weight_hashes(run.train_state, info.step)

@@ -30,7 +30,7 @@ class TrainingStoppedError(RuntimeError):
 
 
 class BadNumbersError(TrainingStoppedError):
-    """The figures of too many steps were anomalous."""
+    """The run ends because of one or more steps with anomalous figures."""
 
 
 def handle_anomaly(run: Run, info: StepResult, anomaly: Anomaly, after: Progress) -> None:

@@ -45,7 +45,7 @@ def slowest(seconds: Sequence[float], stages: Sequence[int]) -> tuple[int, float
 
 
 class Stragglers(Hook):
-    """Add the slowest rank to the metrics every `metrics.ranks_every_steps` steps; warn if it stays the same."""
+    """Adds the slowest rank to the metrics every `metrics.ranks_every_steps` steps; warns if it stays the same."""
 
     def __init__(self, peers: Sequence[RankInfo]) -> None:
         self.peers = peers
@@ -60,7 +60,7 @@ class Stragglers(Hook):
         self.first_step = run.progress.step + 1
 
     def step(self, run: Run, info: StepResult) -> None:
-        """Compare the ranks if this is one of those steps (collective), and add the slowest to the step's metrics."""
+        """Every `metrics.ranks_every_steps` steps, compare the ranks (collective) and add the slowest to `info`."""
         if len(self.peers) == 1 or info.step == self.first_step:
             return
         self.seconds.append(run.train_state.clock.seconds)

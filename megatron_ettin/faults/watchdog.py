@@ -1,7 +1,7 @@
 """Watch the progress of every rank's main thread from a second thread.
 
 If there is no progress, each rank writes every thread's Python stack and torch's flight recorder to
-RUN/watch/stall-TIME. One rank reports which rank the others wait for, and all ranks exit with 75.
+RUN/watch/stall-TIME. One rank reports which rank the others wait for, and all ranks exit with status 75.
 
 Ranks step together, so all of them notice a stall at nearly the same time. A rank that writes no status then is
 stopped, dead or cut off. The thread counts time by its own ticks, each of limited length, so a change of the clock or
@@ -88,7 +88,7 @@ class Watchdog:
         status_path(self.folder, self.rank).unlink(missing_ok=True)
 
     def explain(self) -> None:
-        """Exit with 75, as the other ranks do, if a stall caused the error in the main thread; otherwise return."""
+        """Exit with status 75, as the other ranks do, if a stall caused the main thread's error; otherwise return."""
         if self.stalled:
             # the watchdog thread ends the process
             self._thread.join()
@@ -122,7 +122,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds, file=ERRORS)
 
     def _stall(self, seconds: float) -> NoReturn:
-        """Write this rank's stacks and status, make sure that one rank reports, and exit with 75."""
+        """Write this rank's stacks and status, make sure that one rank reports, and exit with status 75."""
         self.stalled = True
         with contextlib.suppress(OSError):
             self.stall_folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def remove_old_stalls(folder: Path, keep: int = KEPT_STALLS) -> None:
 
 
 def exit_for_requeue() -> NoReturn:
-    """Exit this process with 75, whatever its main thread does."""
+    """Exit this process with status 75, whatever its main thread does."""
     run_with_timeout(TURN_SECONDS, flush)
     os._exit(EXIT_REQUEUE)
 

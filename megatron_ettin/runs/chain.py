@@ -27,7 +27,7 @@ class PhaseChain:
     """Size and objective, such as `17m mlm`, and the folder or a number if several models have these."""
     runs: list[RunDirectory]
     notes: list[str] = field(default_factory=list)
-    """Lines about weights of the first run that no run of the chain trained."""
+    """Lines about the origin of the first run's weights, if they were imported or trained with another objective."""
 
     @property
     def objective(self) -> str:

@@ -371,7 +371,7 @@ def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEP
 
 
 def phases_in(folder: Path) -> list[Path]:
-    """Return the run directories of the phases that have begun in a chain's folder, in order; empty if it is none."""
+    """Return the run directories of a chain's phases that have begun, in order; empty if `folder` holds no chain."""
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         return []
     return [folder / phase for phase in CHAIN if (folder / phase / CONFIG).is_file()]

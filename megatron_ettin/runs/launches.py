@@ -193,16 +193,10 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
 def origin(
     run_dir: Path, init_from: Path | None, from_step: int | None, inherited_model_keys: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what history.jsonl records of the weights that a new run begins from; empty if there are none.
+    """Return what history.jsonl records of the weights that a new run begins from, for `ettin release`.
 
-    It is empty for later launches too. The path is recorded absolute and relative to the run directory, so that runs
-    that were moved together still find each other. `ettin release` reads it.
-
-    Args:
-        run_dir: the run directory.
-        init_from: the run or checkpoint that the run begins from; None: initial weights.
-        from_step: step of its checkpoint; None: its latest.
-        inherited_model_keys: keys of `model` that came with it.
+    It is empty for a later launch, and for initial weights. The path of `init_from` is recorded absolute and relative
+    to the run directory, so that runs moved together still find each other; `from_step` None takes its latest step.
     """
     if init_from is None or RunDirectory(run_dir).first_launch is not None:
         return {}
@@ -266,18 +260,9 @@ def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
 def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     """Make `step` the newest checkpoint of the run, and move later ones aside.
 
-    If the process is killed, the same call finishes the work.
-
-    Args:
-        run_dir: the run directory.
-        step: step of the checkpoint.
-        skip: `data.skip` of this launch.
-
-    Returns:
-        False, without doing anything, if the run went back to `step` with the same `skip` before.
-
-    Raises:
-        UserError: the step has no checkpoint, a milestone only, or a damaged checkpoint.
+    If a call is killed, the next call with the same arguments finishes its work.
+    Returns False, without doing anything, if the run went back to `step` with the same `skip` (`data.skip`) before.
+    Raises UserError if the step has no checkpoint, a milestone only, or a damaged checkpoint.
     """
     if _was_done(run_dir, step, skip):
         return False

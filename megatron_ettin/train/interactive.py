@@ -128,7 +128,7 @@ def run_step(model: Model, lr: float | None = None) -> StepResult:
         lr: learning rate of this step; None takes that of the schedule.
 
     Returns:
-        Loss, gradient norm, counts and seconds of the step, equal on every rank.
+        Loss, gradient norm, counts and seconds of the step, equal on every rank except for the seconds.
 
     Raises:
         UserError: for data that is missing, damaged or made for another vocabulary.

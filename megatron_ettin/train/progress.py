@@ -105,14 +105,14 @@ class ControlSignal(enum.IntEnum):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of a step, equal on every rank."""
+    """Result of a step, equal on every rank except for `seconds`."""
 
     step: int
     """Number of the step, from 1."""
     tokens: int
     """Tokens of the run so far, padding not counted."""
     loss: float
-    """Mean over the step's predicted tokens."""
+    """Mean loss over the step's predicted tokens, in nats."""
     lr: float
     """Learning rate of the update."""
     grad_norm: float
@@ -124,7 +124,7 @@ class StepResult:
     rows: tuple[int, int]
     """First row of the step in the order of the data, and the row after its last."""
     seconds: float
-    """Duration on this rank."""
+    """Duration of the step on this rank."""
     flops: float
     """Floating-point operations of the step on all ranks."""
     extra: dict[str, Any] = field(default_factory=dict)

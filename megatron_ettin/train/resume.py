@@ -98,17 +98,10 @@ def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
 
 
 def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted: bool | None) -> bool:
-    """Return whether a new run keeps the optimizer's state of `source`.
+    """Return whether a new run keeps the optimizer's state of `source`, whose config has the groups `theirs`.
 
-    Args:
-        source: the checkpoint from which the run begins.
-        theirs: groups of the checkpoint's configuration.
-        config: configuration of the run.
-        wanted: whether to keep it. None: keep it if it is stored, the objectives are equal and this phase is not
-            "cross".
-
-    Raises:
-        UserError: it should be kept, and the checkpoint has none or that of another optimizer.
+    `wanted` decides. If it is None, the state is kept if it is stored, the objectives are equal, and this phase is not
+    "cross". Raises UserError if it is to be kept, and there is none or that of another optimizer.
     """
     stored = directory.read_progress(source).get("optimizer")
     run = theirs.get("run") or {}
@@ -197,7 +190,7 @@ def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True,
 
 
 def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] | None:
-    """Load the newest good checkpoint of a run, and return its name and progress. Collective.
+    """Load the newest good checkpoint of a run (collective).
 
     First the remains of killed saves are removed or restored (`directory.tidy`).
 

@@ -146,10 +146,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def explaining_failures(self, watchdog: Watchdog) -> Iterator[None]:
-        """End the process with 75 if a stall caused an error in the block.
+        """End the process with status 75 if a stall caused an error in the block.
 
-        With several ranks on GPUs, any other error but UserError and TrainingStoppedError ends it with 1, without
-        cleanup.
+        With several ranks on GPUs, any other error but UserError and TrainingStoppedError ends it with status 1,
+        without cleanup.
         """
         try:
             yield

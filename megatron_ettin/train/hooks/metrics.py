@@ -72,7 +72,7 @@ class Evaluation(Hook):
         self.held_out = held_out
 
     def step(self, run: Run, result: StepResult) -> None:
-        """Evaluate if it is time, and add the figures to the step's."""
+        """Evaluate every `metrics.eval_every_steps` steps and at the end (collective); add the figures to `result`."""
         every = run.config.metrics.eval_every_steps
         if (every is None or result.step % every) and not run.is_done:
             return

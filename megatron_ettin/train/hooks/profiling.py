@@ -49,7 +49,7 @@ class Profiling(Hook):
         self._begin_before(run, run.progress.step + 1)
 
     def step(self, run: Run, result: StepResult) -> None:
-        """Write after the last of the steps, and begin before the first."""
+        """Write the trace after the last of the steps, and begin it before the first."""
         if self.profiler is not None and result.step >= self.steps[-1]:
             self._end(run, result.step)
         self._begin_before(run, result.step + 1)
