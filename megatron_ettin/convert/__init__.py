@@ -1,1 +1,1 @@
-"""To and from Hugging Face folders: one table of names (rules.py), walked in two directions."""
+"""Convert checkpoints to and from Hugging Face folders; one table of names (rules.py) serves both directions."""

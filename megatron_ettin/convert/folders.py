@@ -1,4 +1,4 @@
-"""Output folders that get their name when they are complete, and files of Hugging Face folders.
+"""Make output folders that get their name when they are complete, and join file names to Hugging Face folders.
 
 A conversion that is killed leaves nothing under the name of its output.
 """
@@ -20,7 +20,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 
 def resolve_output(out: Path) -> Path:
-    """Return the path of an output folder with links followed: a rename onto a link would fail after all the work."""
+    """Return the path of an output folder with links followed, because a folder cannot be renamed onto a link."""
     try:
         return Path(out).resolve()
     except (OSError, RuntimeError) as error:
@@ -31,16 +31,16 @@ def resolve_output(out: Path) -> Path:
 def staging_dir(out: Path) -> Iterator[Path]:
     """Yield an empty folder below `.tmp-NAME/` next to `out`, for the body to rename to `out`.
 
-    It is removed at the end if the body has not renamed it. One process holds it.
+    `.tmp-NAME/` is removed at the end, with all that the body has not renamed. A lock keeps other processes out.
 
     Raises:
-        UserError: `out` is not free, cannot be written, or another process is writing it.
+        UserError: `out` exists and is not empty, cannot be written, or another process is writing it.
     """
     out = resolve_output(out)
     _check_free(out)
     work = out.with_name(f".tmp-{out.name}")
     with _locked(work, out):
-        # another conversion may have been renamed to it since
+        # another conversion may have completed `out` before this process got the lock
         _check_free(out)
         staging = work / out.name
         shutil.rmtree(staging, ignore_errors=True)
@@ -68,7 +68,7 @@ def _check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
-    """Make the folder `work` and lock it for this process where the file system has locks; remove it at the end."""
+    """Make the folder `work` and lock it for this process if the file system has locks; remove it at the end."""
     ended = UserError(f"{out}: another conversion to it has just ended; start again")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
             try_lock(lock.fileno())
         except LockHeldError:
             raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
-        # whoever held it may have ended just now and removed the folder
+        # the process that held the lock may have ended just now and removed the folder
         if not (work / "lock").exists():
             raise ended
         try:
@@ -94,7 +94,12 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 def hf_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
     """Join a file's name to a Hugging Face folder.
 
-    In the hub's cache (`models--X/snapshots/REVISION`) files are links to `models--X/blobs`: those are followed.
+    In the hub's cache (`models--X/snapshots/REVISION`) files are links to `models--X/blobs`; those links are allowed.
+
+    Args:
+        folder: the Hugging Face folder.
+        name: the file's name, as a file of the folder may give it.
+        named_by: the file that gives the name, for the message; None: the folder.
 
     Raises:
         UserError: the name or a link leads out of the folder.

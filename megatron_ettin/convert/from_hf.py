@@ -26,7 +26,7 @@ from megatron_ettin.convert.tokenizer_files import import_tokenizer, token_count
 FRESH = "the folder holds weights only: training from it starts with a fresh optimizer"
 NO_TOKENIZER = "the folder has no tokenizer.json: the checkpoint has no tokenizer"
 WAIT_SECONDS = 3_600.0
-"""Longest wait for the rank that imports."""
+"""Longest time that other processes wait for the main process's import."""
 
 
 def from_hf(hf_dir: Path, out: Path, report: Report | None = None, objective: str | None = None) -> dict[str, Any]:
@@ -36,10 +36,13 @@ def from_hf(hf_dir: Path, out: Path, report: Report | None = None, objective: st
         hf_dir: a folder with config.json and safetensors files.
         out: the checkpoint's folder.
         report: called with (tensors done, tensors in all).
-        objective: mlm or clm, to make an encoder of a decoder's folder or the reverse: the weights are the same.
+        objective: mlm or clm, to import a decoder's folder as an encoder or the reverse; None: as it was trained.
 
     Returns:
-        The model that was read, with the assumptions that were made.
+        Summary with the keys source, out, objective, size, tensors and notes (the assumptions made).
+
+    Raises:
+        UserError: the folder does not hold such a model, or `out` is not free.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
@@ -61,7 +64,7 @@ def from_hf(hf_dir: Path, out: Path, report: Report | None = None, objective: st
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Return whether `path` has a config.json and is no checkpoint or run directory of this system."""
+    """Return whether `path` has a config.json and is neither a checkpoint nor a run directory of this package."""
     ours = (path / "integrity.json").is_file() or (path / "checkpoints").is_dir()
     return (path / "config.json").is_file() and not ours
 
@@ -72,20 +75,22 @@ def model_group(path: Path) -> dict[str, Any]:
 
 
 def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
-    """Import `path` into the run directory on the main process, or take the import that is there.
+    """Import a Hugging Face folder into the run directory, unless an earlier import is there.
+
+    The main process imports; the others wait until the folder exists.
 
     Returns:
-        The checkpoint's folder. Other processes wait for it.
+        The checkpoint's folder, `RUN_DIR/imported-HASH` with a hash of `path`.
 
     Raises:
-        RankError: the main process has not imported it within WAIT_SECONDS.
+        RankError: the main process has not finished within WAIT_SECONDS.
     """
     target = run_dir / f"imported-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if is_main_process and not target.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
         from_hf(path, target)
     end = time.monotonic() + WAIT_SECONDS
-    # it gets its name when it is complete
+    # the folder gets its name when it is complete
     while not target.is_dir():
         if time.monotonic() > end:
             raise RankError(f"--init-from {path}: was not imported by rank 0 within {WAIT_SECONDS:,.0f} s")
@@ -95,7 +100,7 @@ def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
 
 @contextlib.contextmanager
 def as_checkpoint(path: Path) -> Iterator[Path]:
-    """Yield the checkpoint of a checkpoint, a run directory or a Hugging Face folder.
+    """Yield the checkpoint folder for a checkpoint, a run directory (its latest) or a Hugging Face folder.
 
     A Hugging Face folder is imported into a temporary folder, which is removed at the end.
     """

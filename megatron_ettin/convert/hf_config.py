@@ -1,9 +1,9 @@
-"""Write config.json of both ModernBERT classes for every transformers from 4.56 to 5.x, and read it from either.
+"""Write config.json of both ModernBERT classes for transformers 4.56 to 5.x, and read one that 4.x or 5.x wrote.
 
-The generations name things differently: global_rope_theta, local_rope_theta and global_attn_every_n_layers (4.x) became
-rope_parameters and layer_types (5.x); 4.x reads the first and ignores the second, 5.x prefers the second. Both are
-written, thetas always, because the default of a missing local theta changed between them. The windows differ in
-meaning: an encoder's local_attention is both sides together, a decoder's sliding_window is keys including the query.
+transformers 4 reads global_rope_theta, local_rope_theta and global_attn_every_n_layers. transformers 5 reads them too,
+but prefers rope_parameters and layer_types, which 4 ignores. Both sets are written, always with both thetas, because
+the default of a missing local theta changed. The windows differ in meaning: an encoder's local_attention counts the
+keys on both sides together, a decoder's sliding_window counts the keys up to and with the query.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ CLASSES = {"mlm": "ModernBertForMaskedLM", "clm": "ModernBertDecoderForCausalLM"
 WRITTEN_FOR = "4.56.0"
 """The oldest release that has both classes as they are written here."""
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# our model has no counterpart for other values: a folder that sets one of them is refused
+# our model supports no other values, so a config.json with another value raises UserError
 _FIXED = {
     **{"norm_bias": False, "attention_bias": False, "mlp_bias": False, "decoder_bias": True},
     **{"hidden_activation": "gelu", "tie_word_embeddings": True},
 }
-# role -> the key that has its id where there is no ROLE_token_id
+# role -> key to read its id from if the config has no ROLE_token_id
 _IDS = {"cls": "bos_token_id", "sep": "eos_token_id", "pad": ""}
 
 
 def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config.json of a model; `special_ids` maps unk, cls, sep, pad and mask to ids."""
+    """Return the content of a model's config.json.
+
+    Args:
+        model: the model's shape.
+        objective: mlm or clm, which decides the class and the window.
+        dtype: long name of the weights' type, such as float32.
+        special_ids: ids of cls, sep and pad (others are ignored).
+    """
     every = model.global_attention_every
     thetas = {_FULL: model.global_rope_theta, _SLIDING: model.local_rope_theta}
     window = model.encoder_window if objective == "mlm" else model.decoder_window_keys
@@ -70,7 +77,7 @@ def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Ma
 
 
 def reader_notes(model: ModelConfig, objective: str) -> list[str]:
-    """Return what a reader of the exported folder must know of the versions of transformers."""
+    """Return notes for users of the exported folder on versions of transformers that read it differently."""
     if objective == "clm" and model.local_rope_theta != model.global_rope_theta:
         # 4.56 and 4.57 build both rotary tables of a decoder from rope_theta, which is the global one
         return [
@@ -82,18 +89,18 @@ def reader_notes(model: ModelConfig, objective: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ParsedHfConfig:
-    """A config.json in this system's terms."""
+    """Model and objective read from a config.json."""
 
     objective: str
     model: ModelConfig
     notes: tuple[str, ...]
     """Assumptions that were made, as lines for the user."""
     special_ids: dict[str, int]
-    """Ids of cls, sep and pad, where it has them."""
+    """Ids of those of cls, sep and pad that the config.json gives."""
 
 
 def from_hf_config(path: Path) -> ParsedHfConfig:
-    """Read a config.json of either generation. Raises UserError for a model that this system does not have."""
+    """Read a config.json of transformers 4 or 5. Raises UserError if it is unreadable or the model unsupported."""
     if not path.exists():
         raise UserError(f"{path}: missing; give a folder with config.json and safetensors files")
     config = load_object(path)
@@ -135,7 +142,7 @@ def from_hf_config(path: Path) -> ParsedHfConfig:
 def _objective(config: dict[str, Any], path: Path) -> str:
     names, key = CLASSES, (config.get("architectures") or [None])[0]
     if key is None:
-        # a config.json that was saved without a model
+        # a config.json that was saved without a model has no architectures
         names, key = MODEL_TYPES, config.get("model_type")
     objectives = {name: objective for objective, name in names.items()}
     if key not in objectives:
@@ -144,7 +151,7 @@ def _objective(config: dict[str, Any], path: Path) -> str:
 
 
 def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]) -> tuple[float, float]:
-    """Return the rotary bases of global and local layers; a missing one gets the default of the file's transformers."""
+    """Return the rotary bases of global and local layers; the default of the file's transformers for a missing one."""
     rope = config.get("rope_parameters") or {}
     for layer in (_FULL, _SLIDING):
         scaling = rope.get(layer) or {}
@@ -153,7 +160,7 @@ def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]
     if config.get("rope_scaling"):
         raise UserError(f"{path}: rope_scaling is set; only unscaled rotary is known")
     version = str(config.get("transformers_version") or "")
-    # 4.x gave a decoder without one 160000, 5.x gives it 10000; encoders always had 10000
+    # default local theta: 160000 for decoders in transformers 4, 10000 in 5; 10000 for encoders in both
     old_decoder = objective == "clm" and version.split(".")[0] in ("4", "")
     defaults = {"global": 160_000.0, "local": 160_000.0 if old_decoder else 10_000.0}
     written_by = f"transformers {version}" if version else "transformers 4 (the file names no version)"
@@ -176,10 +183,10 @@ def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]
 
 
 def _windows(config: dict[str, Any], objective: str, path: Path) -> dict[str, Any]:
-    """Return the windows of the model as an encoder and as a decoder, so that it can become the other one.
+    """Return both window keys of ModelConfig, so that the model can also be used with the other objective.
 
-    An encoder's counts keys to each side, a decoder's keys up to and with the query. To 64 keys on each side belong 64
-    keys up to and with the query, as in transformers, or 65, as in the trainer.
+    encoder_window counts keys to each side, decoder_window_keys the keys up to and with the query. For 64 keys on each
+    side, transformers' decoder has 64 keys up to and with the query, the original trainer's 65.
     """
     window = config.get("sliding_window") if objective == "clm" else None
     window = int(config.get("local_attention") or 128) // 2 if window is None else int(window)
@@ -190,7 +197,7 @@ def _windows(config: dict[str, Any], objective: str, path: Path) -> dict[str, An
 
 
 def _global_every(config: dict[str, Any], path: Path) -> int:
-    """Return the period of the global layers, from the number (4.x) or the list of layer types (5.x)."""
+    """Return the period of the global layers, from global_attn_every_n_layers (4.x) or layer_types (5.x)."""
     types = config.get("layer_types")
     if types is None:
         return int(config.get("global_attn_every_n_layers", 3))

@@ -1,6 +1,6 @@
-"""Write a model of another system as a weights-only checkpoint; Hugging Face folders and trainer's files share it.
+"""Write a model from a Hugging Face folder or a file of the original trainer as a weights-only checkpoint.
 
-Weights are stored in float32 whatever they came in: widening is exact, and training starts from float32.
+Weights are stored in float32 whatever their type was: widening is exact, and training starts from float32.
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ if TYPE_CHECKING:
     from megatron_ettin.convert.composer.weights import TrainerWeights
 
 Report = Callable[[int, int], None]
-"""Called with the number of tensors done and of all tensors."""
+"""Arguments: number of tensors done, number of all tensors."""
 
 
 @dataclass(frozen=True)
 class ModelImport:
-    """A model that is going to be written as a checkpoint."""
+    """Model to write as a checkpoint."""
 
     files: ModelFiles | TrainerWeights
-    """Its weights by their Hugging Face names."""
+    """Reader of its weights by their Hugging Face names."""
     model: ModelConfig
     objective: str
-    """Objective that it is imported as: mlm or clm."""
+    """Objective to import it with: mlm or clm."""
     mappings: list[WeightMapping]
+    """All tensors in file order; the embedding is the first."""
     notes: list[str]
     """Assumptions that were made, as lines for the user."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """Further entries of the checkpoint's progress; its step and tokens are 0."""
+    """Entries of the checkpoint's progress besides step and tokens, which are 0."""
 
     def check(self, config_source: str, optional: Collection[str] = ()) -> None:
-        """Check that the files hold exactly the tensors of the model, in their shapes.
+        """Check that the files hold exactly the model's tensors, with their shapes and a readable type.
 
         Args:
-            config_source: what says the shapes, for messages.
+            config_source: name of the configuration that gives the shapes, for messages.
             optional: names of tensors that may be missing.
 
         Raises:
@@ -91,12 +92,15 @@ class ModelImport:
 
         Args:
             out: the checkpoint's folder.
-            import_tokenizer: makes the tokenizer's folder and returns its number of ids; None without a tokenizer.
-            no_tokenizer: the note for a model without one.
-            report: called after each tensor.
+            import_tokenizer: makes the tokenizer's folder and returns its number of ids; returns None without one.
+            no_tokenizer: the note for a model without a tokenizer.
+            report: called after each tensor with (tensors done, tensors in all).
 
         Returns:
-            A summary for people and JSON.
+            Summary with the keys source, out, objective, size, tensors and notes.
+
+        Raises:
+            UserError: `out` is not free, or the tokenizer has more ids than the vocabulary has rows.
         """
         notes = list(self.notes)
         with staging_dir(out) as staging:
@@ -134,9 +138,9 @@ class ModelImport:
 
 
 def imported_config(model: ModelConfig, objective: str) -> Config:
-    """Return a complete config.yaml for imported weights, in phase `imported`.
+    """Return a complete configuration for imported weights, in phase `imported`.
 
-    What weights cannot say comes from the recipe of the model's size, or of the smallest size for an unpublished shape.
+    All other groups come from the recipe of the model's size, or of 17m for an unpublished shape.
     """
     size = published_size(model)
     base = recipe(size or "17m", objective, "pretrain")
@@ -152,7 +156,15 @@ def write_checkpoint(
     config: Config,
     progress: dict[str, Any],
 ) -> None:
-    """Write a weights-only checkpoint into `staging`, which may hold a tokenizer, and rename it to `final`."""
+    """Write a weights-only checkpoint and rename it to its name.
+
+    Args:
+        staging: existing folder to write in; it may hold a tokenizer.
+        final: the checkpoint's folder, which the staging folder becomes.
+        tensors: (canonical name, tensor) pairs.
+        config: content of config.yaml.
+        progress: content of progress.json.
+    """
     known = write_weights(staging, tensors, {"progress": progress})
     (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
     (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Write README.md of an exported folder: what it is, where it comes from, how to load it, what was checked."""
+"""Write README.md of an exported folder: the model's facts, its training, an example of use, the parity check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ettin.convert.hf_config import reader_notes
 from megatron_ettin.convert.source import SourceCheckpoint, cross_notes, predicts_next
 
 THIS_FOLDER = 'FOLDER = "."  # this one'
-"""The line of the example that names the folder."""
+"""Line of the example that names the folder; a caller may replace it."""
 _USE = {
     "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -30,14 +30,14 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
 }
-# for weights that predict a masked token at the position before it
+# for encoders trained from decoders: the prediction of a masked token is at the position before it
 _USE_SHIFTED = _USE["mlm"].replace("logits[0, at]", "logits[0, at - 1]")
 _TASKS = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
 
 
 @dataclass(frozen=True)
 class CardInfo:
-    """Facts for a card that the checkpoint does not record."""
+    """Facts for a model card that the checkpoint does not record."""
 
     name: str | None = None
     licence: str | None = None
@@ -54,19 +54,19 @@ def model_card(
     parity: dict[str, Any] | None,
     info: CardInfo,
 ) -> str:
-    """Return the card's text, which states only what the checkpoint and its owners say.
+    """Return the text of README.md, stating only facts of the checkpoint and of `info`.
 
     Args:
         source: the exported checkpoint.
         dtype: type of the exported weights.
         has_tokenizer: whether a tokenizer was exported.
-        parity: record of the comparison with transformers; None where none was made.
-        info: what its owners say.
+        parity: record of the comparison with transformers; None if none was made.
+        info: facts that the checkpoint does not record.
     """
     role, task = _TASKS[source.objective]
     usage = _USE[source.objective]
     if predicts_next(source):
-        # the pipeline for masked tokens would read them in place
+        # the fill-mask pipeline would read the prediction at the mask's own position
         task, usage = "feature-extraction", _USE_SHIFTED
     model, progress = source.model, source.progress
     parameters = parameter_count(model, model.vocab_size)
@@ -109,7 +109,7 @@ def model_card(
 
 
 def _tokens(source: SourceCheckpoint, info: CardInfo) -> dict[str, str]:
-    """Return rows for the tokens that these weights were trained on and those that their phase is planned for."""
+    """Return the table rows `tokens trained` and, if the phase has a plan, `tokens planned`."""
     trained, planned = source.progress.get("tokens") or 0, planned_tokens(source.run)
     rows = {"tokens trained": format_count(trained) + (" in this phase" if info.total_tokens is not None else "")}
     if info.total_tokens is not None:
@@ -118,7 +118,7 @@ def _tokens(source: SourceCheckpoint, info: CardInfo) -> dict[str, str]:
 
 
 def planned_tokens(run: Mapping[str, Any]) -> str:
-    """Return what the `run` group of a config.yaml plans for its phase; empty for a plan of nothing, as of imports."""
+    """Return the tokens (and steps) planned by the `run` group of a config.yaml, as text; empty for imports."""
     tokens, steps = run.get("tokens"), run.get("steps")
     if not isinstance(tokens, int) or tokens <= 0:
         return ""

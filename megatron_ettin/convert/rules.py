@@ -1,9 +1,9 @@
-"""List tensor names and shapes in one table, which both directions of conversion walk.
+"""List tensor names and shapes in one table, which export and import both use.
 
-A rule names a canonical tensor of this system, its shape, and its tensors in `ModernBertForMaskedLM` (mlm) and
-`ModernBertDecoderForCausalLM` (clm). Two tensors are not the same bytes under another name: the fused attention input,
-whose rows are kept as [head][q, k, v][channel] so that a tensor-parallel rank holds whole heads, and the vocabulary,
-which tensor parallelism may have padded.
+A rule names a canonical tensor of this package, its shape, and its tensors in `ModernBertForMaskedLM` (mlm) and
+`ModernBertDecoderForCausalLM` (clm). Conversion only renames tensors, with two exceptions. The rows of the fused
+attention input are reordered: canonical is [head][q, k, v][channel], so that a tensor-parallel rank holds whole heads.
+Rows that tensor parallelism added to the vocabulary are dropped.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import torch
 from megatron_ettin.config.schema import ModelConfig
 
 TIED = "decoder.weight"
-"""Hugging Face's second name for the embedding; it is never stored here."""
+"""Hugging Face's second name for the embedding; checkpoints and exports do not store it."""
 
 
 @dataclass(frozen=True)
 class WeightTransform:
-    """Convert one canonical tensor to its Hugging Face tensors and back."""
+    """Conversion of one canonical tensor to its Hugging Face tensors and back."""
 
     split: Callable[[torch.Tensor, ModelConfig, int], list[torch.Tensor]]
     """(canonical tensor, model, number of parts) -> Hugging Face tensors."""
     merge: Callable[[Sequence[torch.Tensor], ModelConfig], torch.Tensor]
-    """The inverse of `split`."""
+    """(Hugging Face tensors, model) -> canonical tensor: the inverse of `split`."""
     may_be_padded: bool = False
     """Whether tensor parallelism may have added rows to the canonical tensor."""
 
 
 def _interleave(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """Reorder [q | k | v][head][channel] rows to [head][q, k, v][channel] rows."""
+    """Return [3H, H] with rows reordered from [q, k, v][head][channel] to [head][q, k, v][channel]."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     heads, hidden = model.num_attention_heads, model.hidden_size
     return whole.view(3, heads, hidden // heads, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
 
 
 def _separate(tensor: torch.Tensor, model: ModelConfig, parts: int) -> list[torch.Tensor]:
-    """Invert `_interleave`, into one tensor or into q, k and v."""
+    """Invert `_interleave`: return the rows as one tensor (`parts` 1) or as q, k and v (`parts` 3)."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     rows = tensor.view(heads, 3, hidden // heads, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
     return list(rows.chunk(parts))
@@ -54,17 +54,18 @@ VOCABULARY = WeightTransform(
 
 @dataclass(frozen=True)
 class MappingRule:
-    """Names of one canonical tensor; `{i}` stands for the layer's number."""
+    """Names of one canonical tensor here and in Hugging Face; `{i}` stands for the layer's number."""
 
     name: str
     shape: str
-    """Space between sizes; V is the vocabulary, H the hidden size, F the inner width of the gated MLP."""
+    """Sizes separated by spaces: V is the vocabulary, H the hidden size, F the inner width of the gated MLP."""
     mlm: str
     """Name of the encoder's tensor."""
     clm: tuple[str, ...] = ()
     """Names of the decoder's tensors, if they are not the encoder's."""
     transform: WeightTransform = SAME
     first_layer: int = 0
+    """Number of the first layer that has this tensor."""
 
 
 _OURS, _HF = "transformer.layers.{i}.", "model.layers.{i}."
@@ -78,7 +79,7 @@ RULES = (
     MappingRule(f"{_OURS}self_attention.linear_qkv.weight", "3H H", f"{_HF}attn.Wqkv.weight", _SEPARATE, QKV),
     MappingRule(f"{_OURS}self_attention.linear_proj.weight", "H H", f"{_HF}attn.Wo.weight"),
     MappingRule(f"{_OURS}mlp.linear_fc1.layer_norm_weight", "H", f"{_HF}mlp_norm.weight"),
-    # in both systems the activation is applied to the first half
+    # here as in Hugging Face, the activation is applied to the first half
     MappingRule(f"{_OURS}mlp.linear_fc1.weight", "2F H", f"{_HF}mlp.Wi.weight"),
     MappingRule(f"{_OURS}mlp.linear_fc2.weight", "H F", f"{_HF}mlp.Wo.weight"),
     MappingRule("transformer.final_layernorm.weight", "H", "model.final_norm.weight"),

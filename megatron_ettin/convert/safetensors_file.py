@@ -1,7 +1,7 @@
 """Write and read safetensors files one tensor at a time.
 
-The library's writer needs all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
-so with shapes known beforehand a file of any size is written in the memory of its largest tensor.
+The library's writer needs all tensors of a file at once. The format is a length, a JSON header and the bytes in order.
+If the shapes are known beforehand, writing a file of any size needs only the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLUSH_BYTES = 256 << 20
-"""Bytes after which what was written is forced to the disk."""
+"""Bytes after whose writing a thread syncs the file to the disk."""
 TensorSpec = tuple[str, tuple[int, ...]]
-"""Name and shape."""
+"""(name, shape)."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 READERS = 2
 """Threads that read ahead; more of them take turns at the same memory bus."""
 AHEAD_BYTES = 64 << 20
-"""Memory of items that are read ahead; a larger item is read when it is asked for."""
+"""Most memory of items that are read ahead; a larger item is read only when it is the next."""
 
 
 def plan_shards(specs: Sequence[TensorSpec], item_bytes: int, max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Group consecutive tensors into files of at most `max_shard_bytes`; a larger tensor gets a file of its own."""
+    """Group consecutive tensors into files of at most `max_shard_bytes`; a larger tensor gets a separate file."""
     shards: list[list[TensorSpec]] = [[]]
     used_bytes = 0
     for name, shape in specs:
@@ -55,7 +55,20 @@ def plan_shards(specs: Sequence[TensorSpec], item_bytes: int, max_shard_bytes: i
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> int:
-    """Write the next tensors of `tensors` as `specs`, in order. Returns the bytes of the tensors."""
+    """Write one safetensors file.
+
+    Args:
+        path: the file.
+        specs: names and shapes of its tensors, in order.
+        dtype: type to store them in.
+        tensors: iterator over the tensors; as many as `specs` has are taken.
+
+    Returns:
+        Bytes of the tensors, without the header.
+
+    Raises:
+        ValueError: a tensor has another shape than planned.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in specs:
@@ -77,9 +90,9 @@ def write_file(path: Path, specs: Sequence[TensorSpec], dtype: torch.dtype, tens
 
 @contextlib.contextmanager
 def _flushed_in_background(file: BinaryIO) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the bytes written; every FLUSH_BYTES a thread forces them to the disk.
+    """Yield a function to call after each write with its bytes; after every FLUSH_BYTES a thread syncs the file.
 
-    The rest follows at the end. The system itself would begin when a tenth of the memory is full.
+    The rest is synced at the end. The kernel by itself would begin to write only when a tenth of the memory is dirty.
     """
     unflushed = 0
     running: Future[None] | None = None
@@ -104,7 +117,7 @@ def _flushed_in_background(file: BinaryIO) -> Iterator[Callable[[int], None]]:
 def write_model(
     folder: Path, specs: Sequence[TensorSpec], dtype: torch.dtype, tensors: Iterator[torch.Tensor], max_shard_bytes: int
 ) -> list[str]:
-    """Write model.safetensors, or numbered shards and their index. Returns the names of the files."""
+    """Write model.safetensors, or numbered shards and their index. Returns the names of the safetensors files."""
     shards = plan_shards(specs, dtype.itemsize, max_shard_bytes)
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], dtype, tensors)
@@ -119,23 +132,25 @@ def write_model(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file as the file's header describes it."""
+    """Header entry of a tensor in a safetensors file."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    """Type in the format's notation, such as F32."""
 
 
 class ModelFiles:
     """Tensors of a Hugging Face folder by name, in one file or in shards.
 
-    The library maps a whole file into memory. It is mapped anew for each tensor, so that the pages are released.
+    The library maps a whole file into memory. Each read opens the file again, so that its pages are released.
     """
 
     reads_ahead = True
+    """Whether threads may read tensors ahead."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers. Raises UserError for a file that is missing, damaged, or unlike the index."""
+        """Read the headers. Raises UserError if a file is missing or damaged, or lacks a tensor of the index."""
         self.path = folder
         self.dtypes: Collection[str] = DTYPE_NAMES.values()
         self.tensors: dict[str, StoredTensor] = {}
@@ -149,7 +164,7 @@ class ModelFiles:
                 raise UserError(f"{path}: lacks {missing[0]}, which the index places there")
 
     def _files(self) -> dict[Path, set[str]]:
-        """Return every file to open and the names that the index places in it."""
+        """Return file -> names that the index places in it (empty set without an index). Raises UserError."""
         index, single = self.path / INDEX, self.path / SINGLE
         if not index.is_file():
             if single.is_file():
@@ -167,13 +182,13 @@ class ModelFiles:
         return files
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor."""
+        """Read a tensor by its Hugging Face name."""
         with _opened(self.tensors[name].path) as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
     def display_name(self, name: str) -> str:
-        """Return the name itself, which is the file's."""
+        """Return the name of a tensor for messages: the name itself."""
         return name
 
 
@@ -181,7 +196,7 @@ class ModelFiles:
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    # unlike Path.is_file, it takes a name that no file system has for a missing one
+    # unlike Path.is_file, os.path.isfile returns False for a name that is too long or invalid
     if not os.path.isfile(path):
         raise UserError(f"{path}: missing; {INDEX} names it"[:600])
     try:
@@ -194,7 +209,13 @@ def _opened(path: Path) -> Iterator[Any]:
 def read_ahead(
     items: Iterable[Item], bytes_of: Callable[[Item], int], read: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, read(item)) in order, with READERS threads that read ahead within AHEAD_BYTES."""
+    """Yield (item, read(item)) in order; READERS threads read following items ahead.
+
+    Args:
+        items: what to read.
+        bytes_of: returns the memory of an item's result; results read ahead take at most AHEAD_BYTES in all.
+        read: reads one item; it must be safe to call from several threads.
+    """
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
     rest, ahead_bytes = deque(items), 0
     with ThreadPoolExecutor(READERS, "read ahead") as pool:

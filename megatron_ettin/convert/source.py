@@ -21,6 +21,7 @@ from megatron_ettin.convert.rules import WeightMapping, weight_mappings
 from megatron_ettin.convert.safetensors_file import read_ahead
 
 WEIGHTS = ".distcp"
+"""Suffix of a checkpoint's weight files."""
 
 
 def check_objective(objective: str) -> str:
@@ -31,7 +32,7 @@ def check_objective(objective: str) -> str:
 
 
 def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
-    """Build the ModelConfig from the groups of a config.yaml. Raises UserError that names what is missing."""
+    """Build the ModelConfig from the groups of a config.yaml. Raises UserError if the group or a key is missing."""
     group = groups.get("model")
     if not isinstance(group, dict):
         raise UserError(f"{path}: has no group `model`; the shape of the weights is unknown")
@@ -51,9 +52,9 @@ class SourceCheckpoint:
     Attributes:
         checkpoint: its folder.
         run: the `run` group of its config.yaml.
-        objective: objective that it is exported with, mlm or clm.
-        trained_objective: objective that it was trained with, which may be another one.
-        trained_length: number of tokens of the longest row that it was trained on.
+        objective: objective to export it with, mlm or clm.
+        trained_objective: objective that it was trained with; it may differ from `objective`.
+        trained_length: tokens per row in training; for an import, the longest row that its config allows.
         mappings: every tensor, in file order.
     """
 
@@ -77,7 +78,7 @@ class SourceCheckpoint:
         self.model = model_config(groups, config_path)
         data = groups.get("data")
         rows = data.get("seq_len") if isinstance(data, dict) else None
-        # the rows of a run may be shorter than the model allows; an import has only the length of its config
+        # data.seq_len of a run may be shorter than the model allows; an import sets it to the config's length
         self.trained_length: int = rows if isinstance(rows, int) and rows > 0 else self.model.max_position_embeddings
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
@@ -85,7 +86,7 @@ class SourceCheckpoint:
         self._check()
 
     def _check(self) -> None:
-        """Raise UserError if a tensor is missing or has another shape than the config gives it, padded rows apart."""
+        """Raise UserError if a tensor is missing or its shape, except for padded rows, is not that of the config."""
         present = set(self._reader.keys())
         for mapping in self.mappings:
             name, shape = mapping.name, mapping.shape
@@ -98,7 +99,7 @@ class SourceCheckpoint:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Return the ids of special tokens by name, of the folder that was imported; empty for a run's checkpoint."""
+        """Return role -> id of special tokens as an import recorded them; empty for a run's checkpoint."""
         recorded = self.progress.get("special_ids")
         return recorded if isinstance(recorded, dict) else {}
 
@@ -108,11 +109,11 @@ class SourceCheckpoint:
         return self.checkpoint / "tokenizer"
 
     def read(self, mapping: WeightMapping) -> torch.Tensor:
-        """Return a canonical tensor without the rows that pad it for tensor parallelism."""
+        """Read a canonical tensor, without the rows that pad it for tensor parallelism."""
         return self._reader.read(mapping.name)[: mapping.shape[0]]
 
     def tensors(self) -> Iterator[tuple[WeightMapping, torch.Tensor]]:
-        """Return an iterator over all canonical tensors in file order. It reads some of them ahead."""
+        """Return an iterator of (mapping, canonical tensor) in file order; threads read ahead."""
 
         def bytes_of(mapping: WeightMapping) -> int:
             return math.prod(mapping.shape) * self._reader.dtype(mapping.name).itemsize
@@ -120,12 +121,12 @@ class SourceCheckpoint:
         return read_ahead(self.mappings, bytes_of, self.read)
 
     def check_weights(self) -> None:
-        """Wait for the checksums of the weights. Raises UserError that names the first damaged file."""
+        """Wait for the checksums of the weights. Raises UserError with the first damaged file."""
         self._weights.result()
 
 
 def predicts_next(source: SourceCheckpoint) -> bool:
-    """Return whether the exported encoder predicts masked tokens at the position before them."""
+    """Return whether the export is an encoder that predicts a masked token at the position before it."""
     if source.objective != "mlm":
         return False
     row_objective = OBJECTIVES[source.trained_objective].masked_objective
@@ -133,7 +134,7 @@ def predicts_next(source: SourceCheckpoint) -> bool:
 
 
 def cross_notes(source: SourceCheckpoint) -> list[str]:
-    """Return warnings for the reader of a model that is exported with another objective than its trained one."""
+    """Return warnings for users of an export whose objective is not the trained one; empty if it is."""
     trained = OBJECTIVES[source.trained_objective]
     if predicts_next(source) and trained.masked_objective is not None:
         return [

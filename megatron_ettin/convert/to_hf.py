@@ -1,8 +1,8 @@
 """Export a checkpoint as a folder that transformers' Auto classes load.
 
-Weights are streamed: tensors are read a few ahead and written one after the other, whatever layout trained them. The
-model's weights are exported as they are stored (an optimizer's fp32 masters are not used), so the released model is the
-one that computed the training loss.
+Tensors are read a few ahead and written one after the other, whatever parallel layout trained them. The model's weights
+are exported, not the optimizer's fp32 master weights, so that the exported model is the one that computed the training
+loss.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron_ettin.convert.verify import Logits, check_export
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
+"""Short name of a type -> long name."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class ExportOptions:
     dtype: str = "float32"
     """Type of the exported weights: float32, bfloat16, fp32 or bf16."""
     objective: str | None = None
-    """mlm or clm, to make a decoder of an encoder or the reverse."""
+    """mlm or clm, to export an encoder as a decoder or the reverse; None: as it was trained."""
     max_shard_bytes: int = 5_000_000_000
-    """Largest safetensors file."""
+    """Largest size of a safetensors file."""
     verify: bool = False
-    """Compare tensors and, given `our_logits`, logits with transformers' before the folder gets its name."""
+    """Compare tensors with the checkpoint and, given `our_logits`, logits with transformers before publishing."""
     our_logits: Logits | None = None
-    """Computes the logits of this system's model."""
+    """Computes the logits of this package's model, for the comparison; None: compare no logits."""
     info: CardInfo = field(default_factory=CardInfo)
-    """What the card says that the checkpoint does not record."""
+    """Facts for the model card that the checkpoint does not record."""
 
     def __post_init__(self) -> None:
         if self.dtype_name not in DTYPES:
@@ -58,27 +59,27 @@ class ExportOptions:
 
     @property
     def dtype_name(self) -> str:
-        """Return the long name of the type."""
+        """Return the long name of `dtype`: float32 or bfloat16."""
         return SHORT.get(self.dtype, self.dtype)
 
 
 def to_hf(
     checkpoint: Path, out: Path, options: ExportOptions = ExportOptions(), report: Report | None = None
 ) -> dict[str, Any]:
-    """Export `checkpoint` (or a run's latest) to the new folder `out`.
+    """Export a checkpoint to the new folder `out`.
 
     Args:
-        checkpoint: a checkpoint or a run directory.
+        checkpoint: a checkpoint or a run directory (its latest).
         out: the folder to make.
         options: what to export, and how.
         report: called with (tensors done, tensors in all).
 
     Returns:
-        What was written, for people and JSON.
+        Summary with the keys checkpoint, out, objective, dtype, step, files, tokenizer, parity and notes.
 
     Raises:
-        UserError: the checkpoint is not usable.
-        ParityError: the exported folder is not the checkpoint.
+        UserError: the checkpoint is not usable, or `out` is not free.
+        ParityError: tensors or logits of the export differ from the checkpoint's.
     """
     dtype = options.dtype_name
     source = SourceCheckpoint(checkpoint, options.objective)
@@ -91,13 +92,13 @@ def to_hf(
             )
             parity = check_export(source, staging, DTYPES[dtype], options.our_logits) if options.verify else None
         except UserError:
-            # a damaged file is reported by its checksum rather than by what it leads to
+            # if the cause is a damaged file, report its checksum rather than the error that followed
             source.check_weights()
             raise
         source.check_weights()
         if parity is not None:
             if source.progress.get("step"):
-                # `ettin report` finds a run's checkpoint by it; initial weights have none
+                # `ettin report` finds the export of a checkpoint by this digest; initial weights have no step
                 parity["source"] = sha256(source.checkpoint / INTEGRITY)
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
         card = model_card(source, dtype, has_tokenizer, parity, options.info)

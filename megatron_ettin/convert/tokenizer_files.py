@@ -1,11 +1,11 @@
 """Copy tokenizer files between a checkpoint's tokenizer/ and the root of a Hugging Face folder.
 
-Checkpoints of both objectives hold the same files, so that a pair shares its data. What a tokenizer does with a text
-differs in a released folder: an encoder's writes what training put around every chunk, [CLS] text [SEP], and pads on
-the right; a decoder's writes [CLS] text, for a text that ends with [SEP] is finished and `generate` would begin
-another, pads on the left, and also calls the two bos and eos, which evaluations of decoders ask for. Ids and roles are
-those that training used (data/tokenizer.py). The way back undoes exactly that; what training had and the released
-files do not show is kept in tokenizer_config.json under `TRAINED`.
+Checkpoints of both objectives hold the same files, so that a pair shares its data. The released files differ. An
+encoder's tokenizer returns [CLS] text [SEP], as training framed every chunk, and pads on the right. A decoder's returns
+[CLS] text, because `generate` would begin another text after [SEP]; it pads on the left and also names the two tokens
+bos and eos, which evaluations of decoders need. Ids and roles are those of training (data/tokenizer.py). An import
+undoes these changes. Settings that cannot be derived from the released files are kept in tokenizer_config.json under
+the key `TRAINED`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PADDING_SIDES = {"mlm": "right", "clm": "left"}
 INPUTS = ["input_ids", "attention_mask"]
 PUBLISHED_IDS = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}
 TRAINED = "megatron_ettin_trained"
-"""Key of tokenizer_config.json for what training had and the released files do not show."""
+"""Key of tokenizer_config.json for the post-processor and pad token of training, if an import cannot derive them."""
 
 
 def export_tokenizer(source: Path, target: Path, objective: str, max_length: int, ends_with_sep: bool) -> bool:
-    """Copy a checkpoint's tokenizer into a released folder as its objective needs it.
+    """Copy a checkpoint's tokenizer into a released folder, adapted to the objective.
 
     Args:
         source: the checkpoint's tokenizer/.
@@ -41,7 +41,7 @@ def export_tokenizer(source: Path, target: Path, objective: str, max_length: int
         ends_with_sep: whether the chunks of training ended in [SEP].
 
     Returns:
-        Whether the checkpoint has a tokenizer.
+        True; False if the checkpoint has no tokenizer.
     """
     if not _copy(source, target):
         return False
@@ -63,6 +63,7 @@ def export_tokenizer(source: Path, target: Path, objective: str, max_length: int
         "model_input_names": INPUTS,
     }
     settings["model_max_length"] = max_length
+    # `content` is now what an import derives without TRAINED
     _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True)
     if trained != {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}:
         settings[TRAINED] = trained
@@ -71,7 +72,11 @@ def export_tokenizer(source: Path, target: Path, objective: str, max_length: int
 
 
 def import_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a released folder's tokenizer into a checkpoint as training had it; False without a tokenizer."""
+    """Copy a released folder's tokenizer into a checkpoint, as training had it.
+
+    Returns:
+        True; False if the folder has no tokenizer.
+    """
     if not _copy(source, target):
         return False
     content, given = load_object(target / FILES[0]), _read_settings(target)
@@ -91,7 +96,7 @@ def import_tokenizer(source: Path, target: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> bool:
-    """Copy the files that are there. Raises UserError for one that is a link to somewhere else."""
+    """Copy the FILES that exist; return False without tokenizer.json. Raises UserError if a link leads elsewhere."""
     if not (source / FILES[0]).is_file():
         return False
     target.mkdir(parents=True, exist_ok=True)
@@ -103,17 +108,17 @@ def _copy(source: Path, target: Path) -> bool:
 
 
 def _drop_ends(settings: dict[str, Any]) -> None:
-    """Remove bos and eos where they are only second names of cls and sep."""
+    """Remove bos and eos from `settings` if they only repeat cls and sep."""
     for end, role in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
         if end in settings and settings[end] == settings.get(role):
             del settings[end]
 
 
 def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that transformers 5 writes under the names that 4 knows and 5 still reads."""
+    """Return the settings with keys and values that only transformers 5 knows replaced by those that 4 and 5 read."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # 4 wants an object under this name
+    # transformers 4 expects an object under this key
     if isinstance(settings.get("extra_special_tokens"), list):
         more = settings["extra_special_tokens"]
         settings = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
@@ -122,7 +127,7 @@ def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_frame(content: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> None:
-    """Make the tokenizer put [CLS] before a text and, with `closing`, [SEP] after it, and nothing else."""
+    """Change tokenizer.json's `content` to put [CLS] before a text, [SEP] after it if `closing`, and nothing else."""
     (cls_id, cls), (sep_id, sep) = tokens["cls"], tokens["sep"]
     after = [sep_id] if closing else []
     if _frames(content, [cls_id], after):
@@ -133,7 +138,7 @@ def _set_frame(content: dict[str, Any], tokens: dict[str, tuple[int, str]], clos
 
 
 def _frames(content: dict[str, Any], before: list[int], after: list[int]) -> bool:
-    """Return whether the tokenizer puts exactly these ids around a text."""
+    """Return whether the tokenizer adds exactly the ids `before` and `after` to a text. Raises UserError."""
     from tokenizers import Tokenizer
 
     try:
@@ -148,7 +153,7 @@ def _frames(content: dict[str, Any], before: list[int], after: list[int]) -> boo
 
 
 def _template(old: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> dict[str, Any]:
-    """Return a post-processor that writes the frame; the old one's part that counts characters (ByteLevel) stays."""
+    """Return a post-processor that adds [CLS] and [SEP]; ByteLevel steps of the old one, which set offsets, stay."""
     known = {text: {"id": text, "ids": [number], "tokens": [text]} for number, text in (tokens["cls"], tokens["sep"])}
     cls, sep = ({"SpecialToken": {"id": tokens[role][1], "type_id": 0}} for role in ("cls", "sep"))
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -163,10 +168,10 @@ def _template(old: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: 
 
 
 def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> bool:
-    """Add or remove the last [SEP] of the template for one text; the template for a pair of texts stays.
+    """Add (if `closing`) or remove the last [SEP] of the template for one text; that for a pair of texts stays.
 
     Returns:
-        Whether something changed.
+        Whether `content` changed.
     """
     template = content.get("post_processor") or {}
     pieces = template.get("single") if template.get("type") == "TemplateProcessing" else None
@@ -183,12 +188,12 @@ def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> 
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return what tokenizer_config.json says; nothing without one."""
+    """Return the content of tokenizer_config.json; empty without one."""
     return load_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
 
 
 def _text(settings: dict[str, Any], role: str) -> str:
-    """Return a role's token from tokenizer_config.json, which has a text or an object; the usual one by default."""
+    """Return the text of a role's token in tokenizer_config.json (a string or an object); by default [ROLE]."""
     token = settings.get(f"{role}_token")
     token = token.get("content") if isinstance(token, dict) else token
     return str(token or f"[{role.upper()}]")
@@ -200,10 +205,16 @@ def token_count(tokenizer: Path) -> int:
 
 
 def special_ids(tokenizer: Path, vocab_size: int, recorded: Mapping[str, int]) -> dict[str, int]:
-    """Return the ids of unk, cls, sep, pad and mask as training used them, else as an import `recorded` them.
+    """Return the ids of unk, cls, sep, pad and mask.
 
-    Where neither says anything, a vocabulary of the published size has the published ids. For another size nothing is
-    known: its last rows stand in, because transformers wants every decoder to have such ids.
+    The tokenizer's ids come first, then those that an import `recorded`. For a role that neither has, a vocabulary of
+    the published size without a tokenizer gets the published id. Otherwise one of the last five ids stands in, because
+    transformers needs such ids in every decoder's config.
+
+    Args:
+        tokenizer: folder of the checkpoint's tokenizer, which need not exist.
+        vocab_size: rows of the model's vocabulary.
+        recorded: role -> id, from the checkpoint's progress.
     """
     known, has_tokenizer = dict(recorded), (tokenizer / FILES[0]).is_file()
     if has_tokenizer:

@@ -1,8 +1,8 @@
-"""Prove that an exported folder is the checkpoint: read tensors back bit for bit, compare logits with transformers'.
+"""Verify that an exported folder equals the checkpoint: compare tensors bit for bit and logits with transformers'.
 
-Our side of the logits is passed in, because the model lives on a floor that conversion does not see. A bfloat16 export
-has rounded weights. It is imported again and our model runs on the import, so that both sides hold the same numbers and
-the tolerance stays that of float32 arithmetic in another order.
+The function that computes our model's logits is an argument, because conversion may not import the model. A bfloat16
+export has rounded weights, so our model runs on a checkpoint imported from it. Both models then have the same weights,
+and the tolerance covers only float32 arithmetic in another order.
 """
 
 from __future__ import annotations
@@ -21,22 +21,35 @@ from megatron_ettin.convert.source import SourceCheckpoint
 Logits = Callable[[Path, list[list[int]], str], Sequence[torch.Tensor]]
 """(checkpoint, token lists, objective) -> float32 logits [tokens, vocabulary] of each list."""
 TOLERANCE, TOLERANCE_OF_LARGEST = 1e-4, 2e-5
-"""Largest absolute difference of float32 logits, and as a share of the largest logit.
+"""Largest allowed difference of float32 logits: absolute, and as a share of the largest logit; the larger one counts.
 
-Rounding grows with what is added up: measured are 1e-5 where the largest logit is 5. Weights of either dtype are
+Rounding grows with the size of the logits; 1e-5 was measured at a largest logit of 5. Weights of either dtype are
 compared in float32 arithmetic, so one tolerance serves both.
 """
 SEED = 21
 
 
 class ParityError(Exception):
-    """The exported folder is not the checkpoint: a fault of this program, never of the user."""
+    """The exported folder differs from the checkpoint: a fault of this program, never of the user."""
 
 
 def check_export(
     source: SourceCheckpoint, folder: Path, dtype: torch.dtype, our_logits: Logits | None
 ) -> dict[str, Any]:
-    """Return the parity record of an export. Raises ParityError where a tensor or the logits differ."""
+    """Compare an export with its checkpoint.
+
+    Args:
+        source: the checkpoint.
+        folder: the exported folder.
+        dtype: type of the exported weights.
+        our_logits: computes our model's logits; None: compare tensors only.
+
+    Returns:
+        The content of parity.json.
+
+    Raises:
+        ParityError: a tensor or the logits differ.
+    """
     import transformers
 
     tensors = compare_tensors(source, folder, dtype)
@@ -52,7 +65,14 @@ def check_export(
 
 
 def compare_tensors(source: SourceCheckpoint, folder: Path, dtype: torch.dtype) -> int:
-    """Read every tensor back through the rules and compare bits. Returns the number of tensors."""
+    """Read every tensor of the export and compare its bits with the checkpoint's, converted to `dtype`.
+
+    Returns:
+        Number of tensors in the export.
+
+    Raises:
+        ParityError: a name or a bit differs.
+    """
     files = ModelFiles(folder)
     stored = {name for mapping in source.mappings for name in mapping.hf_names}
     if set(files.tensors) != stored:
@@ -71,21 +91,21 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def token_lists(vocab_size: int, window: int, longest: int) -> list[list[int]]:
-    """Draw seeded ids of three lengths, two of them longer than the window of local layers."""
+    """Return three lists of seeded random ids of at most `longest`; two are longer than the window of local layers."""
     generator = torch.Generator().manual_seed(SEED)
     lengths = [min(longest, length) for length in (2 * window + 37, window + 9, max(2, window // 2))]
     return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, our_logits: Logits) -> dict[str, Any]:
-    """Compare the logits of each list alone and of all lists in one padded batch. Raises ParityError."""
+    """Return the entries of the parity record on logits, of lists run alone and in one batch. Raises ParityError."""
     model = source.model
     window = model.encoder_window if source.objective == "mlm" else model.decoder_window_keys
     lists = token_lists(model.vocab_size, window, model.max_position_embeddings)
     if dtype == torch.float32:
         ours = our_logits(source.checkpoint, lists, source.objective)
     else:
-        # the exported weights are rounded: our model runs on those
+        # the exported weights are rounded, so our model must run on them too
         with tempfile.TemporaryDirectory(prefix=".tmp-reimport-", dir=folder.parent) as temporary:
             from_hf(folder, Path(temporary) / "checkpoint")
             ours = our_logits(Path(temporary) / "checkpoint", lists, source.objective)
@@ -97,13 +117,13 @@ def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, 
     mine, theirs = torch.cat([*ours, *ours]), torch.cat([*alone, *padded])
     difference, largest = (mine - theirs).abs().max().item(), mine.abs().max().item()
     tolerance = max(TOLERANCE, TOLERANCE_OF_LARGEST * largest)
-    # false for NaN
+    # `difference > tolerance` would be false for NaN
     if not difference <= tolerance:
         raise ParityError(
             f"{folder}: logits differ from transformers' by {difference:.2e}, more than {tolerance:.0e}; not exported"
         )
     likeliest, other = mine.argmax(-1, keepdim=True), theirs.argmax(-1, keepdim=True)
-    # tokens at which the two likeliest ids change places, as rounding may do where their logits are close
+    # margins at positions whose likeliest id differs, as rounding may cause if two logits are close
     ties = (mine.gather(-1, likeliest) - mine.gather(-1, other))[likeliest != other]
     if ties.numel() and ties.max().item() > 2 * tolerance:
         raise ParityError(f"{folder}: the likeliest token is another one than transformers'; not exported")
@@ -117,16 +137,16 @@ def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, 
 def transformers_logits(
     folder: Path, objective: str, lists: list[list[int]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Compute transformers' float32 logits of each list, run alone and run in one batch padded on the right."""
+    """Return transformers' float32 logits [tokens, vocabulary] of each list: run alone, and in a right-padded batch."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     loader = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
-    # eager: plain matrix products, the same in every version
+    # eager attention is plain matrix products, the same in every version
     model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     longest = max(map(len, lists))
-    # masked: any id does
+    # the attention mask hides padding, so any id will do
     pad = model.config.pad_token_id or 0
     batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in lists])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in lists])

@@ -1,11 +1,11 @@
 """Import the original trainer's checkpoint file as a weights-only checkpoint for training, evaluation and export.
 
-One tensor is in memory at a time; the file's optimizer state is never read. The tokenizer that Composer records in the
-file comes along.
+One tensor is in memory at a time. The file's optimizer state is never read. The tokenizer that Composer records in the
+file is imported too.
 
-The shapes of the tensors say everything of the model except heads, rotary bases and windows. Those come from --config,
-else from the file's own record, else from the published size with these shapes. Assumptions are noted and
-contradictions refused.
+The number of heads, the rotary bases and the windows do not follow from the tensors' shapes. They come from --config,
+else from the configuration that Composer recorded in the file, else from the published size with these shapes.
+Assumptions are noted; contradictions between the tensors and the configuration raise UserError.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ FRESH = "only weights are read: training from them starts with a fresh optimizer
 NO_BIAS = "the file has no decoder.bias: zeros are stored, which is the same model"
 NO_TOKENIZER = "the file records no tokenizer.json: the checkpoint has no tokenizer"
 ASSUMED_PHASE = "decay"
-"""The last phase: weights without a record of their training are most often a finished model."""
+"""Phase whose rotary bases and row length are assumed: weights without a record are most often a finished model."""
 OBJECTIVE_OF_HEAD = {"head": "mlm", "lm_head": "clm"}
+"""Prefix of the prediction head's tensors -> objective."""
 MNTP = (
     "a decoder that was trained on as an encoder predicts token i at position i - 1 (masked next-token prediction):"
     " train it on as an encoder before a masked token is read at its own position"
@@ -51,12 +52,15 @@ def from_composer(
     Args:
         file: a file of torch.save.
         out: the checkpoint's folder.
-        config: the run's YAML, or a config.json; without it the file's own record is used, else the published size.
+        config: the run's YAML, or a config.json; None: the file's own record, else the published size.
         report: called with (tensors done, tensors in all).
-        objective: mlm or clm, to import the weights as another objective's.
+        objective: mlm or clm, to import the weights for another objective; None: the objective of the file.
 
     Returns:
-        What was read and what had to be assumed.
+        Summary with the keys source, out, objective, size, tensors and notes (the assumptions made).
+
+    Raises:
+        UserError: the file is no such checkpoint, contradicts the configuration, or `out` is not free.
     """
     file, out = Path(file), Path(out)
     if objective is not None:
@@ -76,7 +80,7 @@ def _import_tokenizer(tree: Any, target: Path, file: Path) -> int | None:
     """Write the recorded tokenizer to the folder `target`.
 
     Returns:
-        The number of its ids; None where the file records no tokenizer.
+        The number of its ids; None if the file records no tokenizer.
     """
     recorded = lookup(tree, "state", "integrations", "huggingface", "tokenizer")
     contents = {name: lookup(recorded, name, "content") for name in FILES}
@@ -102,15 +106,15 @@ def _import_tokenizer(tree: Any, target: Path, file: Path) -> int | None:
 
 
 def resolve_model(weights: TrainerWeights, config: Path | None, objective: str | None) -> TrainerModel:
-    """Decide what the weights are.
+    """Return the model's configuration and objective.
 
     Args:
-        weights: of the file.
-        config: --config, if given.
-        objective: --objective, if given.
+        weights: weights of the file.
+        config: path given with --config; None without it.
+        objective: value of --objective; None without it.
 
     Raises:
-        UserError: nothing says what the model is, or two sources contradict each other.
+        UserError: no source gives the configuration, or it contradicts the tensors.
     """
     tree, path = weights.file.tree, weights.path
     recorded = _from_record(tree, path)
@@ -122,7 +126,7 @@ def resolve_model(weights: TrainerWeights, config: Path | None, objective: str |
     if config is not None and recorded is not None:
         notes += _differences(described, recorded)
     objective = _resolve_objective(described, weights, objective, notes)
-    # the original trainer's causal window is the left half of its encoder's, and the query itself
+    # the original trainer's decoder sees the keys to the left of its encoder's window, and the query itself
     left = described.model.encoder_window
     model = dataclasses.replace(described.model, decoder_window_keys=left + 1)
     if objective == "clm":
@@ -144,7 +148,7 @@ def _from_config(path: Path) -> TrainerModel:
 
 
 def _from_record(tree: Any, path: Path) -> TrainerModel | None:
-    """Read what Composer recorded in the file about its model; None where it recorded nothing."""
+    """Return the model configuration that Composer recorded in the file; None if it recorded none."""
     entry = lookup(tree, "state", "integrations", "huggingface", "model", "config")
     config, name = lookup(entry, "content"), lookup(entry, "class")
     if not isinstance(config, dict) or "num_hidden_layers" not in config:
@@ -157,12 +161,12 @@ def _from_record(tree: Any, path: Path) -> TrainerModel | None:
 
 
 def _is_hf(content: dict[str, Any]) -> bool:
-    """Return whether this is a config.json of transformers' ModernBert classes rather than the trainer's."""
+    """Return whether `content` is a config.json of transformers' ModernBert classes rather than the trainer's."""
     return "num_hidden_layers" in content and content.get("model_type") in MODEL_TYPES.values()
 
 
 def _from_shapes(weights: TrainerWeights) -> TrainerModel:
-    """Take the published size with the tensors' shapes, and the rotary bases of the last phase."""
+    """Return the published size with the tensors' shapes, and the rotary bases of ASSUMED_PHASE. Raises UserError."""
     layers, path = weights.num_layers, weights.path
     embedding, inner = weights.tensors.get(EMBEDDING), weights.tensors.get("model.layers.0.mlp.Wo.weight")
     if embedding is None or inner is None or len(embedding.shape) != 2 or len(inner.shape) != 2:
@@ -195,7 +199,7 @@ def _from_shapes(weights: TrainerWeights) -> TrainerModel:
 def _resolve_objective(
     described: TrainerModel, weights: TrainerWeights, requested: str | None, notes: list[str]
 ) -> str:
-    """Return what the weights become, and add to `notes` what a reader must know of it."""
+    """Return the objective to import the weights with, and add notes for the user to `notes`. Raises UserError."""
     head = weights.head
     trained = described.objective or OBJECTIVE_OF_HEAD[head]
     if requested is None and described.head not in (None, head):
@@ -214,7 +218,7 @@ def _resolve_objective(
 
 
 def _differences(described: TrainerModel, recorded: TrainerModel) -> list[str]:
-    """List where --config contradicts the file's own record and is followed."""
+    """Return a note for each model key that --config and the file's record set differently; --config is followed."""
     ours, theirs = dataclasses.asdict(described.model), dataclasses.asdict(recorded.model)
     return [
         f"{described.source} gives {key} {value!r}, the file records {theirs[key]!r}: the first is used"
@@ -224,7 +228,7 @@ def _differences(described: TrainerModel, recorded: TrainerModel) -> list[str]:
 
 
 def _history(tree: Any) -> list[str]:
-    """Note how far the file's run had come, where the file says so."""
+    """Return a note of the batches, samples and tokens trained, if the file records them; else an empty list."""
     time = lookup(tree, "state", "timestamp")
     time = lookup(time, "Timestamp") or time
     counts = {key: lookup(time, key) for key in ("batch", "sample", "token")}

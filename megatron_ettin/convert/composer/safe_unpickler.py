@@ -1,10 +1,9 @@
 """Read a file of torch.save without torch.load: a zip file of one pickle and the bytes of each storage.
 
-A pickle is a program that may call whatever it can name. `StubUnpickler` reads it as data: it resolves every name to a
-`Stub`, which takes any call and does nothing, except for the few names in `STAND_INS`, which lead to functions of this
-module. No module is imported and no class of torch is made. Tensors stay descriptions, so the gigabytes of an optimizer
-cost nothing. The bytes of a tensor are read when it is asked for, one storage at a time, and checked against the zip
-file's own checksum, which torch.load does not do.
+A pickle is a program that may call whatever it can name. `StubUnpickler` reads it as data. The few names in `STAND_INS`
+become functions of this module; every other name becomes a `Stub`, which accepts any call and does nothing. No module
+is imported and no class of torch is instantiated. Tensors stay descriptions until `TorchFile.read`, so an optimizer's
+state is never read. `read` reads one storage and checks the zip file's checksum, which torch.load does not do.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _READ_BYTES = 1 << 24
 
 
 class Stub:
-    """Inert stand-in for a class, its instance or a function that a pickle names."""
+    """Stand-in without effect for a class, an instance or a function that a pickle names."""
 
     __slots__ = ()
 
@@ -36,7 +35,7 @@ class Stub:
         return super().__new__(cls)
 
     def __call__(self, *args: Any) -> Any:
-        """Do nothing, whatever the arguments are."""
+        """Return the stub itself, whatever the arguments are."""
         return self
 
     def _ignore(*args: Any) -> None:
@@ -47,7 +46,7 @@ class Stub:
 
 
 class StubFunction(Stub):
-    """A function of this module as a pickle may call it; a pickle cannot change its attributes."""
+    """Wrapper of a function that a pickle may call; the pickle cannot change its attributes."""
 
     __slots__ = ("_function",)
 
@@ -60,7 +59,7 @@ class StubFunction(Stub):
 
 
 class PlainDict(dict[Any, Any]):
-    """An OrderedDict without its attributes: torch gives a state dict `_metadata`, another could give it an `items`."""
+    """Stand-in for OrderedDict without attributes: a pickle that sets `items` on it would change how it is read."""
 
     __slots__ = ()
 
@@ -69,17 +68,18 @@ class PlainDict(dict[Any, Any]):
 
 
 class StorageRecord(NamedTuple):
-    """A storage that was not read."""
+    """Description of a storage whose bytes were not read."""
 
     type_name: str
-    """Name of the class that the pickle gives it, such as `FloatStorage`."""
+    """Name of its class in the pickle, such as `FloatStorage`."""
     key: str
     """Name of the record in the zip file that holds the bytes."""
     items: int
+    """Number of elements."""
 
 
 class TensorRecord(NamedTuple):
-    """A tensor that was not read: which items of which storage it has."""
+    """Description of a tensor that was not read; offset and stride count elements of its storage."""
 
     storage: StorageRecord
     offset: int
@@ -88,17 +88,17 @@ class TensorRecord(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Return the name of the class of its storage."""
+        """Name of the class of its storage, such as `FloatStorage`."""
         return self.storage.type_name
 
 
 def _first(value: Any = None, *rest: Any) -> Any:
-    """Return the first argument: torch.Size is its tuple, a parameter is the tensor in it."""
+    """Return the first argument: the tuple of a torch.Size, the tensor of a parameter."""
     return value
 
 
 def _tensor(storage: Any = None, offset: Any = 0, shape: Any = (), stride: Any = (), *rest: Any) -> Any:
-    """Describe a tensor; strange arguments give a stub."""
+    """Return the TensorRecord of these arguments; a Stub if they are malformed."""
     well_formed = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
     if (
         isinstance(storage, StorageRecord)
@@ -110,7 +110,7 @@ def _tensor(storage: Any = None, offset: Any = 0, shape: Any = (), stride: Any =
 
 
 def _from_type(function: Any = None, tensor_class: Any = None, args: Any = (), *rest: Any) -> Any:
-    """Describe a tensor with attributes: how to rebuild it, its class, the arguments, the attributes."""
+    """Return `function(*args)`, the description of a tensor with attributes; its class and attributes are dropped."""
     return function(*args) if isinstance(function, StubFunction) and isinstance(args, tuple) else Stub()
 
 
@@ -125,16 +125,16 @@ STAND_INS: dict[tuple[str, str], Any] = {
 
 
 class StubUnpickler(pickle.Unpickler):
-    """An unpickler that knows tensors and dictionaries; every other name is a stub."""
+    """Unpickler that resolves the names of tensors and dictionaries; every other name becomes a Stub."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a name; of a class of storages the name itself."""
+        """Return the stand-in for a name; for a class of storages, its name as a string."""
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
             return name
         return STAND_INS.get((module, name), Stub)
 
     def persistent_load(self, saved: Any) -> Any:
-        """Describe a storage, the only thing that torch.save keeps outside of the pickle."""
+        """Return the StorageRecord of a storage: torch.save keeps nothing else outside of the pickle."""
         match saved:
             case ("storage", str(name), str(key), _, int(items)) if type(saved) is tuple:
                 return StorageRecord(name, key, items)
@@ -142,7 +142,7 @@ class StubUnpickler(pickle.Unpickler):
 
 
 def read_pickle(content: bytes) -> Any:
-    """Return the tree of a pickle. Raises ValueError for one that is damaged or claims to be larger than it is."""
+    """Return the objects of a pickle. Raises ValueError if it is damaged or claims to be larger than it is."""
     try:
         check_pickle(content)
         return StubUnpickler(io.BytesIO(content)).load()
@@ -152,15 +152,15 @@ def read_pickle(content: bytes) -> Any:
 
 
 class TorchFile:
-    """An open file of torch.save.
+    """Open file of torch.save.
 
     Attributes:
         path: the file.
-        tree: what was saved, with a TensorRecord for every tensor.
+        tree: the saved object, with a TensorRecord in place of every tensor.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the pickle. Raises UserError for a file that torch.save did not write, or that is damaged."""
+        """Open the file and read its pickle. Raises UserError if torch.save did not write it or it is damaged."""
         self.path = path
         _check_format(path)
         try:
@@ -178,7 +178,14 @@ class TorchFile:
             raise _damaged(path, error) from None
 
     def read(self, record: TensorRecord) -> torch.Tensor:
-        """Return the tensor, contiguous. Memory: its storage and, where that is larger, the tensor."""
+        """Read a tensor.
+
+        Returns:
+            The contiguous tensor. Its whole storage is read, so memory holds both if the storage is larger.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         dtype, storage = DTYPES[record.dtype], record.storage
         name = f"data/{storage.key}"
         last = record.offset + sum((n - 1) * step for n, step in zip(record.shape, record.stride))
@@ -199,7 +206,7 @@ class TorchFile:
             info = self._zip.getinfo(f"{self._root}/{record}")
         except KeyError:
             raise UserError(f"{self.path}: lacks its record {record!r}; it is damaged") from None
-        # torch never compresses; a small file that claims to unfold into a large one is not torch's
+        # torch.save never compresses; a record larger than the file would exhaust the memory
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > self.path.stat().st_size:
             raise UserError(f"{self.path}: its record {record!r} is compressed; torch.save does not do that")
         return info
@@ -224,7 +231,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _check_format(path: Path) -> None:
-    """Raise UserError where the first bytes are not those of a zip file."""
+    """Raise UserError if the first bytes are not those of a zip file."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; give one .pt file (sharded checkpoints are not read)")
     try:
