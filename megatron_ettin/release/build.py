@@ -1,7 +1,7 @@
-"""Build a release folder: one sub-folder a revision, `main` for the final one, `data_order`, and an index.
+"""Build a release folder: a sub-folder for each revision, `main`, `data_order`, and the index release.json.
 
-A release that is killed at any time leaves complete revisions and `.work`; the next one makes what is missing and ends
-in the same bytes. Revisions of checkpoints that were deleted meanwhile stay.
+`main` has the files of the final revision. A release that is killed leaves only complete revisions and `.work`; the
+next release makes the missing revisions and ends in the same bytes. Revisions of deleted checkpoints stay.
 """
 
 from __future__ import annotations
@@ -49,28 +49,29 @@ ProgressReport = Callable[[int, int, RevisionResult | None], None]
 DrawCurve = Callable[[PhaseChain], bytes]
 """Draw the loss curve of a chain of phases; return PNG bytes. Raises UserError."""
 MOST_ORDER_ROWS = 20_000_000
-"""A longer data order of a phase is written only with `--order all`."""
+"""Most rows of a phase whose data order is written; a longer order is written only with `--order all`."""
 
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """Request for a release. Higher layers pass the callables, because this package may not import them."""
+    """Request for a release. It has callables for the logits and the curve, whose packages may not be imported here."""
 
     chain: PhaseChain
     out: Path
+    """The release folder."""
     options: ReleaseOptions
     our_logits: Logits
     draw_curve: DrawCurve
     orders: str = "auto"
-    """Data orders to write: `auto` (those that are not too long), `all` or `none`."""
+    """Data orders to write: `auto` (those of at most MOST_ORDER_ROWS), `all` or `none`."""
     workers: int | None = None
-    """Processes; None for as many as cores and memory allow."""
+    """Worker processes; None: as many as cores and memory allow."""
     recheck: bool = False
-    """Compare checksums of what is released already, not only its sizes."""
+    """Compare the checksums of existing revisions, not only their file sizes."""
     replace: bool = False
-    """Make a revision again where the existing one has other weights."""
+    """Make a revision again if the existing one has other weights; without it, that raises UserError."""
     repository: str | None = None
-    """OWNER/NAME of the hub, for the code in the card of `main`."""
+    """OWNER/NAME on the hub, for the example code in the card of `main`; None: not pushed."""
 
 
 @dataclass
@@ -81,25 +82,31 @@ class ReleaseResult:
     """Names of all revisions, oldest first."""
     made: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    """Names of revisions that were complete already."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Name -> reason."""
+    """Name of a revision that could not be made -> reason."""
     orders: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Phase -> its data order, as release.json describes it."""
     notes: list[str] = field(default_factory=list)
+    """Remarks for the user."""
     seconds: float = 0.0
     seconds_each: dict[str, float] = field(default_factory=dict)
+    """Name of a revision that a worker handled -> seconds."""
     workers: int = 0
+    """Worker processes used; 0 if nothing was missing."""
 
 
 def release(plan: ReleasePlan, report: ProgressReport | None = None) -> ReleaseResult:
-    """Make what is missing of the release.
+    """Make the missing revisions, then the data orders, `main` and the index.
+
+    `main` and the index are written only if the last revision did not fail.
 
     Args:
         plan: the request.
         report: called at the start and after each revision.
 
     Raises:
-        UserError: before anything is written where that is possible.
+        UserError: the chain has no checkpoint, or the folder cannot be used or holds other weights.
         WorkerLostError: a worker process was killed.
     """
     began = time.perf_counter()
@@ -116,7 +123,7 @@ def release(plan: ReleasePlan, report: ProgressReport | None = None) -> ReleaseR
             index = {
                 **_identity(plan),
                 "main": records[-1]["revision"],
-                "revisions": [{key: one[key] for key in keys} for one in records],
+                "revisions": [{key: record[key] for key in keys} for record in records],
                 ORDERS: result.orders,
             }
             _write_index(plan.out, index)
@@ -146,11 +153,11 @@ def _make_revisions(
 
 
 def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult) -> list[Revision]:
-    """Return the revisions that are missing or differ.
+    """Return the revisions that are missing or differ; add the others to `result` as kept or failed.
 
     Raises:
-        UserError: a revision there holds other weights, most likely those of a run with another learning rate; the
-            revisions of both would be mixed.
+        UserError: an existing revision has other weights (most likely of a run with another learning rate) and
+            `plan.replace` is not set. The release would mix the revisions of two models.
     """
     missing = []
     for revision in revisions:
@@ -173,7 +180,7 @@ def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult
 
 
 def _sorted_records(out: Path) -> list[dict[str, Any]]:
-    """Return release.json and parity.json of every revision in `out`, also of deleted checkpoints, oldest first."""
+    """Return release.json of every revision in `out`, oldest first, with its parity.json under the key `parity`."""
     records = []
     for folder in out.iterdir():
         record = read_record(folder) if folder.is_dir() and folder.name not in RESERVED else {}
@@ -185,7 +192,7 @@ def _sorted_records(out: Path) -> list[dict[str, Any]]:
 
 
 def _identity(plan: ReleasePlan) -> dict[str, Any]:
-    """Return what all revisions of a release have in common."""
+    """Return the index entries that all revisions of a release share."""
     config = plan.chain.runs[-1].config
     return {
         **{"format": 1, "name": plan.options.name, "objective": config.run.objective, "size": config.run.size},
@@ -195,7 +202,7 @@ def _identity(plan: ReleasePlan) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Make or enter the release folder, one process at a time. Raises UserError where it holds something else."""
+    """Make the release folder and its `.work`, and lock it. Raises UserError if it is in use or no such release."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file is there; name a folder")
     index = out / RECORD
@@ -227,7 +234,7 @@ def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_index(index: Path, identity: dict[str, Any]) -> None:
-    """Raise UserError where the folder holds the release of another model."""
+    """Raise UserError if the folder holds the release of another model, or its index is unreadable."""
     try:
         there = load_json(index.read_text(encoding="utf-8"))
         differing = [key for key in ("name", "objective", "size") if there[key] != identity[key]]
@@ -242,7 +249,7 @@ def _check_index(index: Path, identity: dict[str, Any]) -> None:
 
 
 def _write_index(out: Path, index: dict[str, Any]) -> None:
-    """Write the index where it changes."""
+    """Write release.json of the release folder unless it has this content already."""
     text = json.dumps(index, indent=1) + "\n"
     path = out / RECORD
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -250,7 +257,7 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
 
 
 def _write_main(plan: ReleasePlan, records: Sequence[dict[str, Any]], result: ReleaseResult) -> None:
-    """Publish the last of `records` as `main`: its files by hard links, with the card of the whole release."""
+    """Publish the last of `records` as `main`: hard links to its files, with the curve and the card of the release."""
     out, chain = plan.out, plan.chain
     final = path_in(out, records[-1]["revision"], out / RECORD)
     folder = out / WORK / "main"
@@ -279,9 +286,9 @@ def _write_main(plan: ReleasePlan, records: Sequence[dict[str, Any]], result: Re
 
 
 def _write_orders(plan: ReleasePlan, revisions: Sequence[Revision], result: ReleaseResult) -> None:
-    """Write data_order/PHASE.parquet of every phase up to its last released step.
+    """Write data_order/PHASE.parquet of every phase up to its last released step, and add its entry to `result`.
 
-    An order that cannot be written gives a note.
+    If an order cannot be written or is too long, a note is added instead.
     """
     out = plan.out
     known = read_json_object(out / RECORD).get(ORDERS) or {}
@@ -310,10 +317,10 @@ def _write_orders(plan: ReleasePlan, revisions: Sequence[Revision], result: Rele
 
 
 def _write_order(run_dir: Path, last_step: int, out: Path, is_limited: bool) -> dict[str, Any] | None:
-    """Write steps 1 to `last_step` of a run's data order as parquet, datasets by name. Raises UserError.
+    """Write steps 1 to `last_step` of a run's data order as parquet, with datasets by name. Raises UserError.
 
     Returns:
-        Number of chunks and fingerprint; None where `is_limited` and the order is too long, which is not written.
+        The number of chunks and the fingerprint; None, without writing, if `is_limited` and the order is too long.
     """
     config, corpus = order_export.open_run(run_dir)
     order_export.check_same_order(run_dir, corpus)
@@ -327,7 +334,7 @@ def _write_order(run_dir: Path, last_step: int, out: Path, is_limited: bool) -> 
 
 
 def _is_written(path: Path, entry: dict[str, Any] | None, run: RunDirectory, last_step: int) -> bool:
-    """Return whether the order of a phase is there as the index describes it and as the run has it now."""
+    """Return whether the file at `path` matches its index entry, and the entry matches the run and `last_step`."""
     if not entry or not path.is_file() or path.stat().st_size != entry.get("bytes"):
         return False
     return entry.get("last_step") == last_step and entry.get("fingerprint") == run.order.get("fingerprint")

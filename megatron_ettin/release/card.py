@@ -1,4 +1,4 @@
-"""Write README.md of `main`: the final revision's card, how it was trained, on what, and the list of revisions."""
+"""Write README.md of `main`: the final revision's card, with its training, its data and the list of revisions."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def main_card(
     has_curve: bool,
     repository: str | None = None,
 ) -> str:
-    """Return the card of `main`.
+    """Return the text of README.md of `main`.
 
     Args:
         final_card: the card of the last revision.
         chain: the runs that were released.
         records: release.json of every revision with its parity.json as `parity`, oldest first.
-        orders: phase -> its data order.
-        has_curve: whether there is a training curve.
-        repository: OWNER/NAME of the hub that the release is going to be pushed to.
+        orders: phase -> entry of its data order in the index.
+        has_curve: whether `main` has a training curve.
+        repository: OWNER/NAME on the hub that the release will be pushed to; None: the examples use folders.
     """
     text = final_card.rstrip()
     if repository is not None:
@@ -45,7 +45,7 @@ def main_card(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table with the column names `head`."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -59,7 +59,7 @@ def _training(chain: PhaseChain, records: Sequence[dict[str, Any]]) -> list[str]
 
 
 def _tokens_trained(chain: PhaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the tokens of `main` in each phase, up to the checkpoint that the next phase began from."""
+    """Return, for each phase, the tokens of `main` as text, up to the checkpoint that the next phase began from."""
     before = {one["phase"]: one["total_tokens"] - one["tokens"] for one in records}
     phases = [run.phase for run in chain.runs]
     ends = [*(before.get(phase) for phase in phases[1:]), records[-1]["total_tokens"]]
@@ -71,7 +71,7 @@ def _tokens_trained(chain: PhaseChain, records: Sequence[dict[str, Any]]) -> lis
 
 
 def _recipe(config: Config) -> dict[str, str]:
-    """Return what a reader needs to repeat a phase."""
+    """Return the table rows on the settings that a reader needs to repeat a phase."""
     optim, schedule, batch = config.optim, config.schedule, config.batch
     parallel = config.parallel
     rows = {
@@ -99,7 +99,7 @@ def _data(chain: PhaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
     parts = ["## Data"]
     for run in chain.runs:
         if shares := run.dataset_shares:
-            # by name: a path of this host says nothing to a reader
+            # names, because a path of this host means nothing to a reader
             names = dataset_names([path for path, _ in shares])
             texts = ["by its size" if share is None else f"{share:.2%}" for _, share in shares]
             rows = list(zip(names, texts, strict=True))
@@ -115,7 +115,7 @@ def _data(chain: PhaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def dataset_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return the shortest ends of the paths that are distinct."""
+    """Return a name for each path: its last parts, as many as make the names of all distinct paths distinct."""
     parts = [Path(path).parts for path in paths]
     longest = max(map(len, parts), default=1)
     for depth in range(1, longest + 1):

@@ -1,7 +1,7 @@
-"""Find what there is to release: the phases of one model, each a run directory, and the checkpoints of each.
+"""Find the revisions of a release: the run directories of one model's phases, and their checkpoints.
 
-A run records the checkpoint that it began from. Following these records leads from a decay run over the extension to
-pre-training.
+A run records the checkpoint that it began from. These records lead from a decay run to its extension run and from
+there to the pre-training run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIXES = dict(zip(PHASE_ORDER, ("step", "ext", "decay", "cross"), strict=True)
 
 @dataclass(frozen=True)
 class Revision:
-    """A checkpoint and the name that it is released by."""
+    """A checkpoint and the name of its revision."""
 
     name: str
     phase: str
@@ -36,7 +36,7 @@ class Revision:
 
 
 def revisions_of(chain: PhaseChain) -> list[Revision]:
-    """Return all revisions of a model, oldest first. Raises UserError where the last run has no checkpoint."""
+    """Return all revisions of a model, oldest first. Raises UserError if the last run has no checkpoint."""
     revisions: list[Revision] = []
     tokens_before = 0
     for number, run in enumerate(chain.runs):
@@ -54,7 +54,7 @@ def revisions_of(chain: PhaseChain) -> list[Revision]:
 
 
 def _tokens_before(run: RunDirectory, earlier: Sequence[Revision]) -> int:
-    """Return the tokens of the phases before `run`, up to the very checkpoint that it began from."""
+    """Return the tokens trained before `run`: the total of the checkpoint it began from, else the largest total."""
     origin = run.began_from.resolve() if run.began_from is not None else None
     for revision in earlier:
         if origin is not None and revision.checkpoint is not None and revision.checkpoint.resolve() == origin:
@@ -67,20 +67,20 @@ def _revision(run: RunDirectory, checkpoint: Path, tokens_before: int) -> Revisi
     try:
         tokens = int(read_progress(checkpoint).get("tokens") or 0)
     except (UserError, ValueError, TypeError):
-        # damaged, which is reported when it is converted
+        # a damaged checkpoint is reported when it is converted
         tokens = 0
     return Revision(f"{PREFIXES[run.phase]}{step}", run.phase, step, tokens, tokens_before + tokens, checkpoint, run)
 
 
 def find_release_chain(paths: Sequence[Path], alone: bool = False) -> PhaseChain:
-    """Read the runs of a release.
+    """Return the runs of a release as one chain.
 
     Args:
-        paths: the run directories in order; for a single one, all runs that it began from are added.
-        alone: release a single run without the runs before it.
+        paths: the run directories in order; if it is one, the runs that it began from are added before it.
+        alone: add no runs before a single one.
 
     Raises:
-        UserError: a folder is no run directory, or the runs train different models.
+        UserError: a folder is no run directory, an earlier run is missing, or the runs train different models.
     """
     runs = [_read_run(Path(path)) for path in paths]
     notes: list[str] = []
@@ -94,7 +94,7 @@ def find_release_chain(paths: Sequence[Path], alone: bool = False) -> PhaseChain
 
 
 def _read_run(path: Path) -> RunDirectory:
-    """Return a run directory. Raises UserError for a folder without a configuration or without checkpoints."""
+    """Open a run directory. Raises UserError if it has no configuration, no checkpoints or an unknown phase."""
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run directory")
     run = RunDirectory(path)
@@ -106,7 +106,13 @@ def _read_run(path: Path) -> RunDirectory:
 
 
 def _earlier(run: RunDirectory, notes: list[str]) -> RunDirectory | None:
-    """Return the run whose checkpoint `run` began from; None where it began from no run of this model."""
+    """Return the run whose checkpoint `run` began from.
+
+    None: it began from scratch, or, with a note in `notes`, from imported weights or another objective's run.
+
+    Raises:
+        UserError: the checkpoint's folder is missing.
+    """
     origin = run.began_from
     if origin is None:
         return None

@@ -1,7 +1,7 @@
-"""Push a release folder to a repository of the Hugging Face hub: a branch a revision, `main` last.
+"""Push a release folder to a repository of the Hugging Face hub: a branch for each revision, `main` last.
 
-Every upload is one commit, so a reader sees a revision whole or not at all; files that the server has already are not
-sent again, so an interrupted push goes on where it stopped.
+Every upload is one commit, so that no reader sees a partial revision. Files that the server has are not sent again, so
+a push that is repeated after an interruption sends only the rest.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_ettin.release.build import ORDERS
 from megatron_ettin.release.revision import RECORD, read_record
 
 ATTRIBUTES = ".gitattributes"
-"""A file of the hub's own."""
+"""File that the hub makes in each repository; a push neither compares nor deletes it."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """The branches of a push, by name."""
+    """Names of the branches that a push uploaded, and of those that were up to date (`kept`)."""
 
     uploaded: list[str]
     kept: list[str]
@@ -31,7 +31,7 @@ class PushResult:
 
 
 def check_repository(name: str) -> None:
-    """Raise UserError for a name that no repository can have, before any work is done."""
+    """Raise UserError if `name` is not a valid OWNER/NAME."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 
     try:
@@ -47,12 +47,12 @@ def push(out: Path, repository: str, names: list[str], private: bool) -> PushRes
 
     Args:
         out: the release folder.
-        repository: OWNER/NAME; it is made where it is missing.
-        names: revisions.
+        repository: OWNER/NAME; it is created if it does not exist.
+        names: names of the revisions.
         private: whether a new repository is private.
 
     Raises:
-        UserError: the hub refuses.
+        UserError: there is no token, the hub refuses, or the connection fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -78,7 +78,7 @@ def push(out: Path, repository: str, names: list[str], private: bool) -> PushRes
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the hub and of the library's HTTP client: httpx since 1.0, before it one of OSErrors."""
+    """Return the exception classes of the hub and its HTTP client: httpx since huggingface_hub 1.0, before OSError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -89,7 +89,7 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
-    """Make the branch hold exactly the folder's files, in one commit; return False where it does already."""
+    """Make the branch hold exactly the folder's files, in one commit; return False if it did before."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     folder = out / name
@@ -112,7 +112,7 @@ def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
 
 
 def _same(path: Path, entry: Any) -> bool:
-    """Return whether the hub holds these bytes: by sha256 for large files, by git's own digest for small ones."""
+    """Return whether the hub's file has the bytes of `path`, by sha256 for LFS files, else by git's blob digest."""
     if entry.size != path.stat().st_size:
         return False
     if entry.lfs is not None:

@@ -1,10 +1,10 @@
 """Make revisions: convert a checkpoint or the initial weights, verify the result, and publish it when it is complete.
 
-Several processes make revisions at a time, each with one thread: the figures of a parity record then do not depend on
-the number of cores, and a release that was interrupted ends in the same bytes.
+Several processes make revisions concurrently, each with one thread. The numbers in a parity record then do not depend
+on the number of cores, so a release that was interrupted ends in the same bytes.
 
 release.json of a revision lists its source, and every file with its size and sha256. A second `ettin release` reads it
-to keep finished revisions. A user who downloads a revision can check its files.
+to keep finished revisions. A user who downloads a revision can check its files with it.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ from megatron_ettin.release.chain import Revision
 from megatron_ettin.runs.directory import RunDirectory
 
 RECORD = "release.json"
+"""Record in each revision's folder; the file of this name in the release folder is the index."""
 WORK = ".work"
 """Folder in the release for unfinished revisions; it is removed at the end."""
 FORMAT = 2
 """Version of the format of a revision's content; a revision of another version is made again."""
 BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
-"""Memory of a worker, measured: both models in float32 while they are compared, and the imports."""
+"""Measured memory of a worker: both float32 models of the comparison (per parameter), and the libraries (base)."""
 
 
 class WorkerLostError(Exception):
-    """A worker process ended before its work did: no mistake of the user, most often too little memory."""
+    """A worker process was killed, most often for lack of memory; not a mistake of the user."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class ReleaseOptions:
     """Options that, together with the checkpoint, decide the bytes of a revision."""
 
     name: str
+    """Name of the model, for the cards."""
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
     licence: str | None = None
@@ -76,13 +78,13 @@ class RevisionResult:
     name: str
     seconds: float
     error: str | None = None
-    """Reason why there is no such revision."""
+    """Reason why the revision was not made; None if it was."""
 
 
 def make_revision(revision: Revision, out: Path, options: ReleaseOptions, our_logits: Logits) -> RevisionResult:
     """Convert, verify and publish one revision of the release in `out`.
 
-    A checkpoint that cannot be released is reported in the result, so that the others go on.
+    An error is returned in the result, so that the other revisions go on.
     """
     began = time.perf_counter()
     folder, error = out / WORK / revision.name, None
@@ -106,14 +108,14 @@ def make_revision(revision: Revision, out: Path, options: ReleaseOptions, our_lo
 
 
 def write_initial(run: RunDirectory, folder: Path) -> Path:
-    """Write a checkpoint of the weights that `run` began with: a function of its seed and shape, in its precision."""
+    """Write the initial weights of `run`, drawn again from its seed, as a checkpoint in `folder`; return `folder`."""
     from megatron_ettin.model.init import recipe_weights
 
     config = run.config
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
     full_of = recipe_weights(config.run.seed, config.model)
     mappings = weight_mappings(config.model, OBJECTIVES[config.run.objective].exports[0])
-    tensors = ((one.name, full_of(one.name, list(one.shape)).to(dtype)) for one in mappings)
+    tensors = ((weight.name, full_of(weight.name, list(weight.shape)).to(dtype)) for weight in mappings)
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     tokenizer = next((path / "tokenizer" for path in list_checkpoints(run.path)), None)
@@ -125,7 +127,7 @@ def write_initial(run: RunDirectory, folder: Path) -> Path:
 
 
 def choose_worker_count(requested: int | None, jobs: int, model: ModelConfig) -> int:
-    """Return the number of workers: as requested, or as cores, memory and revisions allow; at least one."""
+    """Return `requested`, or as many workers as cores and memory allow if it is None; at least 1, at most `jobs`."""
     if requested is not None:
         return max(1, min(requested, jobs))
     needed = BASE_BYTES + BYTES_PER_PARAMETER * parameter_count(model, model.vocab_size)
@@ -136,7 +138,7 @@ def choose_worker_count(requested: int | None, jobs: int, model: ModelConfig) ->
 def make_revisions(
     revisions: Sequence[Revision], out: Path, options: ReleaseOptions, our_logits: Logits, workers: int
 ) -> Iterator[RevisionResult]:
-    """Make revisions in processes and yield results as they come. Raises WorkerLostError."""
+    """Make revisions in `workers` processes and yield each result when it is ready. Raises WorkerLostError."""
     # threads and torch do not survive a fork
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_initialize_worker)
@@ -152,7 +154,7 @@ def make_revisions(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        # there are none except after an interruption
+        # after an interruption, workers are still running
         for process in multiprocessing.active_children():
             process.terminate()
 
@@ -161,7 +163,7 @@ def _initialize_worker() -> None:
     """Prepare a worker before its first revision."""
     serve_parent()
     keep_freed_memory()
-    # as in the command itself: core and torch warn at length of optional features
+    # Megatron-Core and torch print long warnings about optional features; `ettin` silences them too
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -189,7 +191,7 @@ def source_identity(revision: Revision) -> str:
 
 
 def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, Any]:
-    """Return the record that the revision should have, without the list of files."""
+    """Return the content that the revision's release.json should have, without the list of files."""
     return {
         **{"format": FORMAT, "revision": revision.name, "phase": revision.phase, "step": revision.step},
         **{"tokens": revision.tokens, "total_tokens": revision.total_tokens, "source": source_identity(revision)},
@@ -199,7 +201,7 @@ def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, An
 
 
 def write_record(folder: Path, expected: dict[str, Any]) -> None:
-    """Write the record of a finished folder, with the list of its files, and force all files to the disk."""
+    """Write release.json of a finished folder: `expected` and the list of its files. Sync all files to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
@@ -210,7 +212,7 @@ def write_record(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a released folder; empty if it has no readable one."""
+    """Return release.json of a revision's folder; empty if there is none or it is unreadable."""
     record = read_json_object(folder / RECORD)
     return record if isinstance(record.get("files"), dict) else {}
 
