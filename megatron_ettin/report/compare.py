@@ -1,11 +1,11 @@
-"""Decide whether runs are a pair: check a chain of phases against another.
+"""Decide whether runs are a pair: check each model's chain of phases against the first model's.
 
-A pair shares shape, data order, schedule, optimizer, batch and seed by configuration. By the record of every step that
-both have, it shares rows, tokens, learning rate and whether the update was made. The configuration alone proves
-nothing; the recorded steps do. What may differ (layout, micro-batch, precision, device) is shown and never judged.
+The configurations of a pair agree in shape, data order, schedule, optimizer, batch and seed. Its records agree, at
+every step that both have, in rows, tokens, learning rate and whether the update was made. The configuration alone
+proves nothing; the recorded steps do. Layout, micro-batch, precision and device may differ and are not checked.
 
-Skipped updates are read from metrics.jsonl and the newest checkpoint's counts. Older versions wrote no `updated`, so
-for steps marked `ignored` it is unknown whether the update was made: that depended on the settings.
+Skipped updates are read from metrics.jsonl and the newest checkpoint's counts. Older versions did not record `updated`,
+so for steps that they marked `ignored` it is unknown whether the update was made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_ettin.runs.directory import RunDirectory
 
 # science keys that may differ between the encoder and decoder of a pair
 OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "data.clm_fraction", "model.decoder_window_keys"}
-# most step ranges shown in one line
+# largest number of step ranges in one line
 MOST_RANGES = 12
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
 # checks by configuration -> prefixes of their science keys
@@ -41,10 +41,10 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a pair shares."""
+    """Result of one check of two models."""
 
     pair: str
-    """Names of the two models."""
+    """Names of the two models, as `A / B`."""
     phase: str
     """Phase; empty for a check of all phases."""
     name: str
@@ -56,10 +56,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models that were compared, and the checks of each against the first."""
+    """The compared models, and the checks of each other model against the first."""
 
     chains: list[PhaseChain]
-    """The models, the first of which the others are checked against."""
+    """The models; the others are checked against the first."""
     checks: list[Check]
 
     @property
@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def left_out(self) -> str:
-        """Return the updates that each model skipped, as text; empty if none skipped any."""
+        """Return the steps whose updates each model skipped, as text; empty if no model skipped any."""
         skipped = [(chain.name, chain.skipped_updates()) for chain in self.chains]
         if not any(by_phase for _, by_phase in skipped):
             return ""
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def without_partner(self) -> str:
-        """Return how many steps of each run have no partner in the other model; empty if every step has one."""
+        """Return, as text, how many steps of each run the other model's run lacks; empty if none."""
         parts = []
         for other in self.chains[1:]:
             for a, b in zip(self.chains[0].runs, other.runs):
@@ -101,12 +101,12 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""
+    """Read the run directories and check each chain of phases against the first. Raises UserError."""
     return compare_runs([RunDirectory(path) for path in paths])
 
 
 def compare_runs(runs: Sequence[RunDirectory]) -> Comparison:
-    """Check each chain of runs against the first. Raises UserError for what cannot be read."""
+    """Join runs to chains of phases and check each against the first. Raises UserError as `check_comparable`."""
     for run in runs:
         check_comparable(run)
     chains = join_phases(runs, by_record=False)
@@ -114,7 +114,7 @@ def compare_runs(runs: Sequence[RunDirectory]) -> Comparison:
 
 
 def check_comparable(run: RunDirectory) -> None:
-    """Raise UserError where a file that is compared cannot be read, or the run has no step yet."""
+    """Raise UserError if a file that `compare` needs cannot be read, or the run has no step yet."""
     run.check_begun()
     if not run.steps:
         raise UserError(f"{run.path}: {METRICS_FILE} holds no step yet")
@@ -134,7 +134,7 @@ def check_pair(first: PhaseChain, second: PhaseChain) -> Iterator[Check]:
 
 
 def check_runs(a: RunDirectory, b: RunDirectory) -> Iterator[tuple[str, tuple[bool, str]]]:
-    """Yield every check of two runs of one phase: by configuration, then by the record."""
+    """Yield (name, (passed, detail)) of every check of two runs of one phase: configurations, then recorded steps."""
     keys_a, keys_b = a.science, b.science
     if not all(key in keys for keys in (keys_a, keys_b) for key in GUARD_KEYS):
         # older runs do not record GUARD_KEYS; `check_updates` compares the updates themselves
@@ -158,7 +158,7 @@ def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
 
 
 def check_order(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
-    """Check the fingerprints of the data order and of the tokenizer."""
+    """Check that the data order's fingerprint, tokenizer and rows per step agree. Return (passed, detail)."""
     for run in (a, b):
         if not (isinstance(run.order.get("fingerprint"), str) and run.order["fingerprint"]):
             return False, f"{run.path}: order.json has no fingerprint, so its data order is unknown"
@@ -167,14 +167,14 @@ def check_order(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
 
 
 def check_changes(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
-    """Check that no science key changed: a run whose keys changed midway has no single configuration to compare."""
+    """Check that neither run changed a science key midway, as `--allow-change` permits. Return (passed, detail)."""
     changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
     torn = [f"{run.path.name}: line {number} cannot be read" for run in (a, b) for number in run.torn_launches]
     return not changed, "; ".join(changed or ["neither run used --allow-change", *torn])
 
 
 def check_steps(a: RunDirectory, b: RunDirectory, key: str) -> tuple[bool, str]:
-    """Check that `key` agrees on every step that both recorded; name the first step that differs."""
+    """Check that `key` agrees on every step that both recorded. Return (passed, detail with the first difference)."""
     common = [step for step in a.steps if step in b.steps]
     if not common:
         return False, "the runs have no step in common"
@@ -188,7 +188,7 @@ def check_steps(a: RunDirectory, b: RunDirectory, key: str) -> tuple[bool, str]:
 
 
 def check_updates(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
-    """Check that both made, and skipped, the updates of the same steps."""
+    """Check that both runs skipped the updates of the same common steps. Return (passed, detail)."""
     common = {step for step in a.steps if step in b.steps}
     if not common:
         return False, "the runs have no step in common"
@@ -205,7 +205,7 @@ def check_updates(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
 
 
 def _unproven(run: RunDirectory) -> str | None:
-    """Return why the record does not prove which updates were made; None where it does."""
+    """Return why the record of a run does not prove which updates it made; None if it does."""
     lines = run.steps.items()
     unclear = [step for step, line in lines if "updated" not in line and str(line.get("bad")).startswith("ignored")]
     if run.saved_skips is not None:
@@ -221,7 +221,7 @@ def _unproven(run: RunDirectory) -> str | None:
 
 
 def format_steps(steps: Sequence[int]) -> str:
-    """Return steps as text: `3, 7 to 9`; `none`."""
+    """Return steps as text such as `3, 7 to 9`, with at most MOST_RANGES ranges; `none` without steps."""
     groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
     consecutive = [[step for _, step in group] for _, group in groups]
     ranges = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in consecutive]
@@ -230,7 +230,7 @@ def format_steps(steps: Sequence[int]) -> str:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    # learning rates may have been computed on other hosts: the last bit is no difference
+    # learning rates computed on different hosts may differ in the last bit
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-9)
     return bool(left == right)

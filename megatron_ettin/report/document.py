@@ -1,8 +1,8 @@
-"""Write the page of a run, of several or of a comparison, or serve it while it follows its runs.
+"""Make the HTML page of runs or of a comparison, and serve a page that follows its runs.
 
-The page has curves that can be zoomed, and tables of what is known of the runs. It is one file that needs no network,
-and its policy lets the browser run this script and use this style sheet only, whatever a file of the run holds. A
-served page is on this host only and polls for news.
+The page has curves that can be zoomed, and tables of facts about the runs. It is one file that needs no network. Its
+content security policy allows only the page's own script and style sheet, so that text from a run's files cannot run.
+A served page is reachable from this host only, and polls for changes.
 """
 
 from __future__ import annotations
@@ -39,23 +39,35 @@ MOST_MODELS = 12
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a page: its numbers, and its parts by the id of their element."""
+    """Content of a page."""
 
     title: str
     models: list[PhaseChain]
     data: dict[str, Any]
+    """Numbers that the page's script draws."""
     parts: dict[str, str]
+    """Id of an element of the page -> its HTML."""
     verdict: str | None
+    """Verdict of the comparison; None without one."""
 
 
 def make(paths: Sequence[Path], title: str | None = None, releases: Sequence[Path] = ()) -> Report:
-    """Read the runs. Raises UserError for a path that is not a run."""
+    """Return the page of the runs in `paths`, with a comparison of several models.
+
+    Args:
+        paths: run directories, or folders with run directories.
+        title: title of the page; None: the names of the models.
+        releases: release folders whose parity records are shown with the checkpoints.
+
+    Raises:
+        UserError: a path has no run directory, or there are too many models.
+    """
     models = read_models(paths)
     return _report(models, _compared(models), title or " / ".join(model.name for model in models), releases)
 
 
 def read_models(paths: Sequence[Path]) -> list[PhaseChain]:
-    """Read the models in run directories and in folders of them. Raises UserError where a path has none."""
+    """Return the models of run directories and of folders with run directories. Raises UserError if a path has none."""
     runs: dict[Path, RunDirectory] = {}
     for path in paths:
         if not path.is_dir():
@@ -72,7 +84,7 @@ def read_models(paths: Sequence[Path]) -> list[PhaseChain]:
 
 
 def make_comparison(comparison: Comparison) -> Report:
-    """Return the page of a comparison, with its verdict as the title."""
+    """Return the page of a comparison, with its verdict in the title."""
     names = " / ".join(chain.name for chain in comparison.chains)
     return _report(comparison.chains, comparison, f"{comparison.verdict}: {names}", ())
 
@@ -105,7 +117,7 @@ def _compared(models: Sequence[PhaseChain]) -> Comparison | str | None:
 
 
 def render(report: Report, live: tuple[int, str] | None = None) -> str:
-    """Return the page. `live` is the milliseconds between polls of the server and the version of the numbers."""
+    """Return the page as HTML. `live`: milliseconds between polls, and the content's version; None: not served."""
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("run_page.js", "run_page.css"))
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
     policy += f"; form-action 'none'; connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}"
@@ -133,19 +145,19 @@ def _hash(content: str) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 HOST = "127.0.0.1"
 POLL_MILLISECONDS = 2_000
-# at most one tenth of the server's time goes into reading the runs again
+# reading takes at most one tenth of the time: wait this many times the duration of the last reading
 IDLE_SHARE = 10
 
 
 class ReportSource:
-    """The newest report, made when it is requested and not too often."""
+    """Cache of the report that makes it anew when it is requested, at most once a second."""
 
     def __init__(self, make: Callable[[], Report]) -> None:
         self._make, self._lock = make, threading.Lock()
@@ -153,7 +165,7 @@ class ReportSource:
         self._version, self._next = 0, 0.0
 
     def newest(self) -> tuple[Report, str]:
-        """Return the report and its version. While the runs cannot be read, it is the last one that could be."""
+        """Return the report and its version, which changes with the content; if reading fails, the previous report."""
         with self._lock:
             began = time.monotonic()
             if self._report is None or began >= self._next:
@@ -170,13 +182,13 @@ class ReportSource:
 
 
 def server(source: ReportSource, port: int) -> ThreadingHTTPServer:
-    """Return a server of the page. Raises UserError where the port is taken."""
+    """Return a server of the page on HOST, not started. Raises UserError if the port cannot be used."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """Answer with the page, or its news."""
+            """Answer with the page, its new content as JSON, or 204 if the client has the newest."""
             named = (self.headers.get("Host") or "").partition(":")[0]
-            # another site's name may have been pointed to this host
+            # DNS rebinding: another site's name may resolve to this host
             if named not in (HOST, "localhost"):
                 return self.send_error(403)
             url = urlsplit(self.path)
@@ -192,7 +204,7 @@ def server(source: ReportSource, port: int) -> ThreadingHTTPServer:
 
         def _answer(self, media_type: str, text: str, status: int = 200) -> None:
             content = text.encode()
-            # the client may have gone
+            # the client may have disconnected
             with contextlib.suppress(ConnectionError):
                 self.send_response(status)
                 self.send_header("Content-Type", f"{media_type}; charset=utf-8")
@@ -203,7 +215,7 @@ def server(source: ReportSource, port: int) -> ThreadingHTTPServer:
                 self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
-            """Log nothing: a line every two seconds would be noise."""
+            """Log nothing, because the page polls every two seconds."""
 
     try:
         served = ThreadingHTTPServer((HOST, port), Handler)

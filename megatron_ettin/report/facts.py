@@ -1,6 +1,6 @@
-"""Find what a page shows of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts.
+"""Collect the facts that a page shows besides curves: data consumed, checkpoints, their exports, launches, hosts.
 
-Text of a run is made fit for a page: secrets are left out of it, the rest is escaped.
+`escaped` prepares text from a run's files for the page: it hides secrets and escapes HTML.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ RELEASE, PARITY = "release.json", "parity.json"
 
 @dataclass(frozen=True)
 class Consumed:
-    """Tokens of one dataset, or of one source within it, that a model has read. None means not known."""
+    """Tokens of one dataset, or of one source within it, that a model has read. None: not known."""
 
     name: str
     share: float | None
+    """Share of all known tokens, 0 to 1."""
     tokens: float | None
     epochs: float | None
+    """Number of times that the dataset was read."""
     inner: Sequence[Consumed] = ()
+    """Sources of a dataset that has more than one."""
 
 
 def consumed(runs: Iterable[RunDirectory]) -> list[Consumed]:
-    """Return the tokens read by dataset over all phases, as the mixture of each phase shares out its tokens."""
+    """Estimate the tokens read of each dataset in all phases, from the configured mixture and each phase's tokens."""
     tokens: dict[str, float | None] = {}
     for run in runs:
         for path, share in run.dataset_shares:
@@ -58,7 +61,7 @@ def consumed(runs: Iterable[RunDirectory]) -> list[Consumed]:
 def _sources(
     manifest: dict[str, Any], tokens: float | None, share: float | None, epochs: float | None
 ) -> Iterator[Consumed]:
-    """Yield the sources of one dataset in proportion: its rows are read in an order that knows no sources."""
+    """Yield the sources of a dataset, each with a part in proportion to its tokens, because rows are read shuffled."""
     sources = [
         one for one in manifest.get("sources") or [] if isinstance(one, dict) and isinstance(one.get("tokens"), int)
     ]
@@ -70,14 +73,18 @@ def _sources(
 
 
 def saved_paths(run: RunDirectory) -> list[tuple[str, Path]]:
-    """Return everything that a run has saved, oldest first: `checkpoint` or `milestone`, and the path."""
+    """Return (`checkpoint` or `milestone`, path) of everything that a run has saved, oldest first."""
     paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
     paths += [("milestone", path) for path in list_milestones(run.path)]
     return sorted(paths, key=lambda saved: saved[1].name)
 
 
 def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
-    """Return whether all files have their recorded sizes, a text that says so, and the bytes. Contents are not read."""
+    """Compare a checkpoint's file sizes with the recorded ones.
+
+    Returns:
+        Whether they agree, a text with the result, and the bytes of all files (None if they disagree).
+    """
     try:
         entries = read_entries(checkpoint)
         verify(checkpoint, checksums=False)
@@ -87,11 +94,11 @@ def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
 
 
 def parity_of(checkpoint: Path, exports: dict[str, tuple[Path, str]]) -> str:
-    """Return a text on the parity of a checkpoint's export with transformers. `exports` are those of `exported`."""
+    """Return a text on the parity of a checkpoint's export with transformers. `exports`: result of `exported`."""
     if not exports:
         return "no export found"
     try:
-        # an export names the checkpoint that it was made of by this digest
+        # an export records this digest of its checkpoint as `source`
         export = exports.get(sha256(checkpoint / INTEGRITY))
     except OSError:
         export = None
@@ -99,7 +106,7 @@ def parity_of(checkpoint: Path, exports: dict[str, tuple[Path, str]]) -> str:
 
 
 def describe_parity(folder: Path, name: str) -> str:
-    """Return a text on what is recorded about an export's parity with transformers."""
+    """Return a text on the parity record of the export in `folder`. `name`: name of the export in the text."""
     parity = read_json_object(folder / PARITY)
     difference = parity.get("max_abs_logit_difference")
     if not parity.get("tensors_identical"):
@@ -109,9 +116,9 @@ def describe_parity(folder: Path, name: str) -> str:
 
 
 def exported(models: Sequence[PhaseChain], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
-    """Find exports by the identity of the checkpoint they were made of, each with its folder and name.
+    """Find the exports of checkpoints: digest of the checkpoint's integrity.json -> (folder, name) of the export.
 
-    These are revisions of releases in `folders`, and releases and exports of `ettin convert` in the runs and in their
+    Searched are the releases `folders`, and releases and exports of `ettin convert` in the run directories and in their
     parent folders.
     """
     nearby = {
@@ -130,13 +137,13 @@ def exported(models: Sequence[PhaseChain], folders: Sequence[Path]) -> dict[str,
 
 
 def used(run: RunDirectory, key: str) -> str:
-    """Return a key that the latest launch ran with (`device`, `attention`), else the configured value."""
+    """Return the value of a `runtime` key (`device`, `attention`) in the latest launch, else the configured one."""
     latest = run.launches[-1].get(key) if run.launches else None
     return str(latest) if latest else f"{run.setting('runtime', key)} (as configured)"
 
 
 def device_hours(model: PhaseChain) -> float | None:
-    """Return the hours in steps times the ranks of each launch; None where one of the two was not recorded."""
+    """Return the sum over launches of hours spent in steps times ranks; None if either was not recorded."""
     total, before = 0.0, 0.0
     for run, own in zip(model.runs, model.axes(), strict=True):
         if not len(own["steps"]):
@@ -152,7 +159,7 @@ def device_hours(model: PhaseChain) -> float | None:
 
 
 def commits(model: PhaseChain) -> list[str]:
-    """Return the code that the phases ran, oldest first: the commit, or version and digest of the code."""
+    """Return the distinct commits that the phases ran, oldest first; without a commit, version and code digest."""
     code = [
         one.get("commit") or f"{one.get('version')} ({one['code']})"
         for run in model.runs
@@ -163,7 +170,7 @@ def commits(model: PhaseChain) -> list[str]:
 
 
 def hosts(run: RunDirectory) -> list[str]:
-    """Return the hosts that are known to have trained: from the ranks' own files, the job's events and the metrics."""
+    """Return the hosts known to have trained the run: from watch/rank_*.json, launches, job events and metrics."""
     ranks = sorted(run.path.glob("watch/rank_*.json"))[:10_000]
     names = [str(read_json_object(path).get("host") or "") for path in ranks]
     names += [str(launch.get("host") or "") for launch in run.launches]
@@ -173,11 +180,11 @@ def hosts(run: RunDirectory) -> list[str]:
 
 
 def escaped(text: object, key: str = "") -> str:
-    """Return `masked` text as HTML."""
+    """Return text as HTML, without secrets. `key`: name of the setting that the text is the value of."""
     return html.escape(masked(text, key))
 
 
 def embedded(value: Any) -> str:
-    """Return JSON that can stand in a <script> element: no text in it can end the element."""
+    """Return JSON for a <script> element, escaped so that no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,7 +1,7 @@
-"""Describe a checkpoint or a run directory, as one flat object for people and for JSON.
+"""Describe a checkpoint or a run directory as a dictionary, for people and for JSON.
 
-Nothing is loaded: shapes come from `.metadata`, sizes from integrity.json, and the run's state from the last whole
-line of metrics.jsonl. A run may be training meanwhile: a torn last line is skipped.
+No weights are loaded: shapes come from `.metadata`, sizes from integrity.json, and the run's state from the last
+complete line of metrics.jsonl. The run may be training meanwhile.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def describe(path: Path, verify: bool = False) -> dict[str, Any]:
 
     Args:
         path: a checkpoint or a run directory.
-        verify: check every checksum.
+        verify: compare every checksum.
 
     Returns:
-        its description, with `kind` "checkpoint" or "run".
+        Its description, with `kind` "checkpoint" or "run".
 
     Raises:
         UserError: `path` is neither, or a file is damaged.
@@ -48,7 +48,7 @@ def describe(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Describe the step, shape and contents of one checkpoint."""
+    """Return the description of a checkpoint: step, run, shapes, contents, size. Raises UserError."""
     if verify:
         check_nothing_else(path)
         verify_checkpoint(path)
@@ -79,7 +79,7 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Describe the configuration, last step and checkpoints of a run."""
+    """Return the description of a run: configuration, last step, checkpoints. Raises UserError."""
     directory = RunDirectory(path)
     groups = directory.groups
     run, model, batch = (groups.get(name) or {} for name in ("run", "model", "batch"))
@@ -120,7 +120,7 @@ def _named(description: dict[str, Any]) -> str:
 
 
 def _names(run: dict[str, Any], model: object) -> dict[str, str]:
-    """Return the model's name, and its parameters and shape."""
+    """Return the model's short name (`name`) and its long name with parameters and shape (`model`)."""
     return {"name": short_name(run.get("size"), model), "model": long_name(run.get("size"), model)}
 
 

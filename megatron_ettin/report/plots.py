@@ -17,7 +17,7 @@ OVERVIEW = ("loss", "lr", "grad_norm", "speed")
 
 
 def figures(models: Sequence[PhaseChain], form: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the file name and the content of every chart that there are numbers for. `form` is png or svg."""
+    """Yield (file name, content) of every chart that has numbers. `form`: png or svg."""
     for name, panel in panels(models):
         yield f"{name}.{form}", draw_figure(panel, form)
 
@@ -29,14 +29,14 @@ def overview(models: Sequence[PhaseChain]) -> bytes:
 
 
 def overview_of_chain(chain: PhaseChain) -> bytes:
-    """Return the overview of one model's phases. Raises UserError where a run has no metrics."""
+    """Return the overview of one model's phases as PNG. Raises UserError if a run has no metrics."""
     for run in chain.runs:
         check_comparable(run)
     return overview([chain])
 
 
 def panels(models: Sequence[PhaseChain]) -> Iterator[tuple[str, Panel]]:
-    """Yield the id and the panel of every chart, against tokens (steps where tokens are not known)."""
+    """Yield (id, panel) of every chart that has numbers, against tokens, or against steps if tokens are unknown."""
     axes = [model.axes() for model in models]
     x_axis = "tokens" if all("tokens" in own for one in axes for own in one if len(own["steps"])) else "steps"
     colours = colour_indices([model.objective for model in models])
@@ -58,7 +58,7 @@ def panels(models: Sequence[PhaseChain]) -> Iterator[tuple[str, Panel]]:
 def _curves(
     model: PhaseChain, x: list[Any], chart: dict[str, Any], colour: int, is_first: bool, is_one_of_many: bool
 ) -> Iterator[Curve]:
-    # the page of one model has a colour for each part of a chart, else each model has its own in every chart
+    # several models, and the loss of one, are drawn in the models' colours; other charts colour each curve
     by_key = not is_one_of_many and chart["id"] != "loss"
     for number, key in enumerate(chart["keys"]):
         name = "training loss" if key == "loss" else key.replace("_", " ")
@@ -79,6 +79,6 @@ def _curves(
                 is_sparse=key.startswith("validation"),
                 thin=key != "lr",
                 smooth="smooth" in chart,
-                # the other models' learning rates lie on the first one
+                # the first model's learning rate is drawn below the others', which often lie on it
                 is_background=is_one_of_many and key == "lr" and is_first,
             )

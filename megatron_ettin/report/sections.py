@@ -1,4 +1,4 @@
-"""Write the text and the tables of a run's page as HTML. Text that comes from files goes through `escaped`."""
+"""Write the text and the tables of a page as HTML. Text that comes from files goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def table(
         heads: heads of the columns.
         rows: cells of each row, as HTML.
         numbers: indices of the columns that are aligned to the right.
-        quiet: whether to hide the caption from the eye, because a heading above has the same text.
+        quiet: whether only screen readers get the caption, because a heading above has the same text.
         none: text that replaces a table without rows; if it is empty, the table is returned without rows.
     """
     if none and not rows:
@@ -71,7 +71,7 @@ def count(value: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Return a size in GiB, MiB or KiB; an empty text if it is None."""
+    """Return a number of bytes in GiB, MiB or KiB; an empty text if it is None."""
     if value is None:
         return ""
     for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -81,7 +81,7 @@ def size(value: int | None) -> str:
 
 
 def cards(models: Sequence[PhaseChain]) -> str:
-    """Return the overview of each model: a heading and its figures as cards."""
+    """Return a heading and cards with the main numbers of each model."""
     parts = []
     for model in models:
         shown = "".join(
@@ -135,7 +135,7 @@ def _figures(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
 
 
 def _costs(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
-    """Yield the model's size, the cost of its training, and the code that trained it."""
+    """Yield cards (name, value, note) of the model's size, the time of its training, and the code that trained it."""
     last = model.runs[-1]
     parameters, _, shape = long_name(last.setting("run", "size"), last.groups.get("model")).partition(" parameters, ")
     yield "parameters", escaped(parameters) or NONE, escaped(shape)
@@ -154,7 +154,7 @@ def _costs(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
 
 
 def comparison(compared: Comparison | str | None) -> str:
-    """Return the verdict and the checks of `ettin compare`, or the reason why there is no verdict."""
+    """Return the verdict and the checks of a comparison, or the reason (str) why there is none; empty for None."""
     if compared is None:
         return ""
     if isinstance(compared, str):
@@ -219,8 +219,9 @@ def layout(models: Sequence[PhaseChain]) -> str:
     return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
 
 
-# keys of a launch's record that are not shown; keys that have a column of their own follow, all others share one
+# keys of a launch's record that are not shown
 _NOT_SHOWN = ("model_of_weights", "init_from_relative")
+# key of a launch's record -> its column; all other keys share the last column
 _LAUNCH = {
     "time": "Time",
     "step": "After step",
@@ -232,7 +233,7 @@ _LAUNCH = {
 
 
 def environment(models: Sequence[PhaseChain]) -> str:
-    """Return the table of launches, with the software that each ran on, and the names of known hosts."""
+    """Return the table of launches with their software, notes on unreadable lines and slow hosts, and the hosts."""
     rows, notes = [], []
     for model, phase, run in _runs(models):
         for launch in run.launches[-MOST_ROWS:]:
@@ -283,7 +284,7 @@ def bad_steps(models: Sequence[PhaseChain]) -> str:
 
 
 def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
-    """Return the table of checkpoints and milestones: whether each is whole, and its parity with transformers."""
+    """Return the table of checkpoints and milestones, with integrity and parity of exports found also in `releases`."""
     exports = facts.exported(models, releases)
     rows = []
     for model, phase, run in _runs(models):
@@ -308,7 +309,7 @@ def _checkpoint(path: Path, exports: dict[str, tuple[Path, str]]) -> Sequence[st
 
 
 def configuration(models: Sequence[PhaseChain]) -> str:
-    """Return the configuration of each phase, in elements that a reader unfolds."""
+    """Return the configuration of each phase, in collapsed elements."""
     parts = ["<h2>Configuration</h2>"]
     for index, (model, phase, run) in enumerate(_runs(models)):
         rows = [
@@ -327,5 +328,5 @@ def _soft(text: str) -> str:
 
 
 def _runs(models: Sequence[PhaseChain]) -> list[tuple[str, str, RunDirectory]]:
-    """Return model name, phase name and run directory of every run, the names as HTML."""
+    """Return (model name as HTML, phase as HTML, run directory) of every run."""
     return [(escaped(model.name), escaped(run.phase), run) for model in models for run in model.runs]

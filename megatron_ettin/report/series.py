@@ -1,8 +1,8 @@
 """Pack the numbers of a page, small enough to mail and fine enough to zoom in.
 
-Every curve is there twice. An overview of at most 600 buckets with lowest, median and highest value is what the page
-draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that
-40,000 buckets of the same three values. Several models share that room, so that a page stays under 10 MB.
+A long curve is stored twice. The page draws the overview first: at most 600 buckets with lowest, median and highest
+value. The detail (base64 of 32-bit floats) has every step if the models of a page have at most 120,000 steps together.
+Otherwise it has 40,000 buckets in all with the same three values, so that a page stays under 10 MB.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from megatron_ettin.runs.chain import PhaseChain
 from megatron_ettin.runs.directory import RunDirectory
 
 OVERVIEW_BUCKETS = 600
-# limits over all models of a page
+# limits over all models of a page: steps that are stored one by one, and buckets beyond that
 MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000
-# a curve with values at fewer of the steps is drawn through those between; else they are gaps
+# share of steps with a value; a curve with a smaller share is drawn across the other steps, else these are gaps
 DENSE = 0.9
-# limit for one run
+# largest number of restarts, and of bad steps, that are marked for one run
 MOST_MARKS = 1_000
 AXES = ("tokens", "steps", "hours")
-# id, keys of metrics.jsonl (a * takes the rest), title, unit, factor of the values, flags:
-# "smooth" for a running median, "zero" for an axis from 0 (else noise would fill the chart), "clip" to let a few high
-# values leave the plot, with a mark, where they would flatten the rest
+# id, keys of metrics.jsonl (a * at the end matches any text), title, unit, factor of the values, flags:
+# "smooth" adds a running median, "zero" starts the axis at 0 so that noise does not fill the chart, "clip" cuts off a
+# few high values, with a mark, if they would flatten the rest
 CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float, tuple[str, ...]], ...] = (
     ("loss", ("loss", "validation_loss"), "Loss", "nats a token", 1.0, ("smooth",)),
     ("sources", ("validation_loss_*", "validation_loss/*"), "Validation loss by source", "nats a token", 1.0, ()),
@@ -44,12 +44,12 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float, tuple[str, ...]], ...
     ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30, ("zero",)),
     ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0, ()),
 )
-# a chart of the slowest rank below this one shows noise
+# a chart of the slowest rank whose ratio stays below this shows only noise
 LEAST_SLOWEST = 1.1
 
 
 def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
-    """Return the data that the page's script draws."""
+    """Return the data for the page's script: the `axes` that all runs have, the `charts`, and the `models`."""
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
     colours = colour_indices([model.objective for model in models])
@@ -70,7 +70,7 @@ def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
 
 
 def shown_keys(models: Sequence[PhaseChain]) -> set[str]:
-    """Return the keys of metrics that have something to show: numbers, and for the slowest rank one that is slow."""
+    """Return the metrics keys with numbers, without `slowest_ratio` if it stays below LEAST_SLOWEST."""
     columns = [
         (masked(key), run.metrics.known(key)) for model in models for run in model.runs for key in run.metrics.columns
     ]
@@ -78,7 +78,7 @@ def shown_keys(models: Sequence[PhaseChain]) -> set[str]:
 
 
 def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the charts that there are numbers for."""
+    """Return the descriptions of the charts that show at least one of `keys`."""
     drawn = []
     for name, wanted, title, unit, factor, flags in CHARTS:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
@@ -93,7 +93,7 @@ def _fits(key: str, pattern: str) -> bool:
 
 
 def run_data(run: RunDirectory, axes: dict[str, Column], size: int) -> dict[str, Any]:
-    """Return one run: its x in every axis, its curves and its events. `size` is the steps of a bucket of the detail."""
+    """Return a run's x on every axis, its curves and its marks. `size`: number of steps in a bucket of the detail."""
     count = len(run.metrics.steps)
     series = {}
     for key, column in run.metrics.columns.items():
@@ -111,7 +111,11 @@ def run_data(run: RunDirectory, axes: dict[str, Column], size: int) -> dict[str,
 
 
 def series_data(column: Column, size: int) -> dict[str, Any]:
-    """Return a curve: `y` (in buckets: `low`, `y`, `high`), and `indices` of its points where many steps have none."""
+    """Return a curve for the page's script.
+
+    It has the values `y`, their number `n`, and an `overview` if it is long. A sparse curve has the `indices` of its
+    points instead of gaps. Any other has `low` and `high` of each bucket if buckets have several steps (`size` > 1).
+    """
     known = np.flatnonzero(~np.isnan(column))
     sparse = len(known) < DENSE * len(column)
     values = column[known] if sparse else column
@@ -130,22 +134,22 @@ def series_data(column: Column, size: int) -> dict[str, Any]:
 
 
 def overview(values: Column, points: int, size: int) -> dict[str, Any]:
-    """Return buckets of `each` points of the detail."""
+    """Summarize `points` points of `size` values in at most OVERVIEW_BUCKETS buckets of `each` points."""
     each = math.ceil(points / OVERVIEW_BUCKETS)
     low, middle, high = (list(map(rounded, part)) for part in bucket_summary(values, each * size))
     return {"each": each, "low": low, "y": middle, "high": high}
 
 
 def packed(values: Any, dtype: str = "<f4") -> str:
-    """Return numbers as base64."""
+    """Return numbers as base64 of their bytes in `dtype`."""
     with np.errstate(over="ignore"):
         return base64.b64encode(np.asarray(values).astype(dtype).tobytes()).decode()
 
 
 def colour_indices(objectives: Sequence[str]) -> list[int]:
-    """Return an index in the palette for each model.
+    """Return the index of each model's colour in the palette.
 
-    The first encoder and the first decoder have theirs on every page, in whatever order the runs were named.
+    The first encoder (mlm) gets 0 and the first decoder (clm) 1 on every page, in whatever order the runs were given.
     """
     indices, taken = [-1] * len(objectives), set[int]()
     for index, objective in enumerate(("mlm", "clm")):
@@ -157,12 +161,12 @@ def colour_indices(objectives: Sequence[str]) -> list[int]:
 
 
 def rounded(value: float) -> float | None:
-    """Return five digits, which look like more on a screen; None for NaN."""
+    """Return a value rounded to five digits (twelve from 1e5 on), to keep the page small; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.5g}" if abs(value) < 1e5 else f"{value:.12g}")
 
 
 def marks(run: RunDirectory, axes: dict[str, Column]) -> list[dict[str, Any]]:
-    """Return restarts and bad steps, each with its type (`kind`), a text, and x in every axis."""
+    """Return restarts and bad steps, each with its type (`kind`), a text, and its x on every axis."""
     steps = run.metrics.steps
     if not len(steps):
         return []

@@ -20,7 +20,7 @@ from megatron_ettin.runs.directory import RunDirectory
 
 
 def summarise(folder: Path, members: Sequence[Member]) -> str:
-    """Read the members' metrics, write sweep.json and sweep.png, and return the table, also with members not begun."""
+    """Write sweep.json and sweep.png of a sweep into `folder`, and return the table of its members, begun or not."""
     rows = [_row(folder / member.name, member) for member in members]
     begun = [row for row in rows if row["final_loss"] is not None]
     # losses of different objectives cannot be compared
@@ -52,7 +52,7 @@ def _row(path: Path, member: Member) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the members as a table."""
+    """Return a table of the members, as text."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'':{width}}  steps  final loss  validation"]
     for row in rows:
@@ -67,7 +67,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Return a PNG of losses against tokens and, where a swept key has numbers, of the final loss against it."""
+    """Return a PNG of losses against tokens and, if a swept key is numeric, of the final loss against that key."""
     curves = []
     for number, row in enumerate(rows):
         tokens, loss = row["metrics"].columns["tokens"], row["metrics"].columns["loss"]
@@ -89,7 +89,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _numeric_key(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Return the first swept key whose values are numbers."""
+    """Return the first swept key whose values are numbers that differ; None if there is none."""
     for key in rows[0]["values"]:
         try:
             if len({float(row["values"][key]) for row in rows}) > 1:
