@@ -1,6 +1,6 @@
-"""Describe a submission: what belongs to the cluster (a site's profile), the allocation of each job, its runs.
+"""Describe a submission: the cluster's settings (a profile), the allocation of each job, and its runs.
 
-A profile is YAML and strict; examples are in examples/slurm/sites/. The command line overrides it.
+A profile is a YAML file without unknown keys; examples are in examples/slurm/sites/. The command line overrides it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ RUN_OPTIONS = (
     *("output", "chdir", "signal", "open-mode", "requeue", "no-requeue"),
 )
 TIME = re.compile(r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE)$")
-# a quarter of the time where that is less
+# seconds before the time limit at which a job saves, unless a quarter of the limit is less
 MARGIN_SECONDS = 300
+# options of sbatch that `ettin launch` also has
 SBATCH_OPTIONS = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
 
 
@@ -38,32 +39,33 @@ class Profile:
     """
 
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Long options of sbatch without dashes: {partition: gpu}."""
+    """Long options of sbatch without dashes, such as {partition: gpu}."""
     setup: str = ""
-    """Shell lines on the first node, before srun: module load ..."""
+    """Shell lines to run on the first node before srun, such as `module load ...`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables exported to every rank."""
     path: str = ""
-    """Put before PATH on every node: a virtual environment's bin. Default: where this ettin is."""
+    """Folder to put before PATH on every node, such as a virtual environment's bin. Empty: the folder of `ettin`."""
     srun: list[str] = field(default_factory=lambda: ["--cpu-bind=cores", "--distribution=block:block"])
+    """Options of srun."""
     container: str = ""
-    """Image used where --container names none."""
+    """Container image without --container; empty: no container."""
     container_srun: list[str] = field(default_factory=list)
-    """Options of srun with a container (pyxis)."""
+    """Further options of srun if there is a container (pyxis)."""
     container_prefix: list[str] = field(default_factory=list)
-    """Words before the command in each task (apptainer exec ...)."""
+    """Words before the command in each task if there is a container (apptainer exec ...)."""
     python: str = "python3"
-    """Python of the first node, outside of any container, 3.6 or later: it runs the supervisor."""
+    """Python 3.6 or later on the first node, outside of any container; it runs the supervisor."""
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     check_paths: list[str] = field(default_factory=list)
-    """Folders that must be writable on every node: /tmp, a local disk."""
+    """Folders that must be writable on every node, such as /tmp or a local disk."""
     min_free_gib: float = 1.0
-    """Room that each of them and the run's folder must have."""
+    """Free space in GiB that each of `check_paths` and the run's folder must have."""
 
 
 def read_profile(path: Path | None) -> Profile:
-    """Return the profile in a file, or the default one. Raises UserError that names the key."""
+    """Return the profile in a file, or the default profile for None. Raises UserError for a wrong key or value."""
     if path is None:
         return Profile()
     content = read_yaml(path, f"--profile {path}")
@@ -73,7 +75,7 @@ def read_profile(path: Path | None) -> Profile:
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:
-    """Return the value of a key if it has the key's type."""
+    """Return the value of a profile's key as Profile stores it. Raises UserError for an unknown key or wrong type."""
     hints = get_type_hints(Profile)
     if key not in hints:
         raise UserError(f"--profile {path}: no key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}")
@@ -99,16 +101,16 @@ def _checked(path: Path, key: str, value: Any) -> Any:
 
 
 def _variables(path: Path, values: dict[Any, Any]) -> dict[str, str]:
-    """Return the environment as a shell writes it. Raises UserError for a name that no shell takes."""
+    """Return the environment with values as strings. Raises UserError for a name that a shell does not allow."""
     for name in values:
         if not VARIABLE.match(str(name)):
             raise UserError(f"--profile {path}: environment: {name!r} is not the name of a variable")
-    # YAML's true is 1
+    # true in YAML becomes 1
     return {str(name): str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
 
 def _sbatch_options(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
-    """Return long options of sbatch; YAML's true is an option without a value, false none. Raises UserError."""
+    """Return option -> value for sbatch: true gives an option without a value, false drops it. Raises UserError."""
     for name in values:
         if not OPTION.match(str(name)):
             raise UserError(f"--profile {path}: sbatch: {name!r}: write a long option without its dashes")
@@ -133,15 +135,16 @@ class Allocation:
 
     nodes: int
     tasks_per_node: int
-    """Ranks of a node."""
+    """Ranks on each node."""
     gpus_per_node: int
     cpus_per_task: int | None
-    """Cores of a rank."""
+    """Cores for each rank; None: SLURM's default."""
     time: str | None
+    """Time limit as sbatch reads it; None: the partition's default."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further long options of sbatch: account, partition, ..."""
+    """Further long options of sbatch -> values, such as account and partition."""
     extra_options: tuple[str, ...] = ()
-    """Further options of sbatch, as written."""
+    """Further options of sbatch as given with --sbatch-arg."""
 
     @property
     def world_size(self) -> int:
@@ -154,19 +157,25 @@ class Submission:
     """Settings that all jobs of one submission share."""
 
     folder: Path
-    """Absolute; takes scripts, logs and events."""
+    """Absolute path of the folder for scripts, logs and events."""
     allocation: Allocation
     profile: Profile
     launcher: str
     """srun (a task for each rank) or torchrun (a task for each node)."""
     container: str
+    """Container image; empty: no container."""
     env_file: Path | None
+    """Shell file of variables that the job reads when it runs."""
     restarts: int
+    """Most failures in a row without a new checkpoint."""
     requeues: int
+    """Most requeues of a job."""
     margin_seconds: int
+    """Time before the time limit at which a job saves."""
     grace_seconds: int
+    """Time for the command to end, once a rank has ended."""
     command_line: str
-    """Command that wrote it."""
+    """Command that made the submission, for the head of the scripts."""
     cwd: Path
 
 
@@ -176,23 +185,23 @@ class JobRun:
 
     run_dir: Path
     arguments: tuple[str, ...] = ()
-    """Command-line arguments that this run alone has."""
+    """Command-line arguments of this run only."""
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One submission script. More than one run makes an array."""
+    """Job with one submission script. Several runs make it an array."""
 
     name: str
     command: str
-    """train or bench."""
+    """Command of ettin: train or bench."""
     arguments: tuple[str, ...]
     """Command-line arguments that all runs share."""
     runs: tuple[JobRun, ...]
     snapshots: dict[str, str] = field(default_factory=dict)
-    """File name -> resolved configuration."""
+    """File name -> resolved configuration to write into the submission's folder."""
     after: str | None = None
-    """Name of the job that must be done first, run by run."""
+    """Name of the job that must end first; in arrays, each run waits for the run with its index."""
     max_parallel: int | None = None
     """Most runs of an array at the same time."""
 
@@ -203,7 +212,7 @@ class BatchJob:
 
 
 def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
-    """Build the allocation from the command line, then the profile. Raises UserError."""
+    """Build the allocation from the command line, which overrides the profile. Raises UserError."""
     gpus = profile.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
     tasks = gpus if args.tasks_per_node is None else args.tasks_per_node
     if tasks is None:
@@ -222,10 +231,10 @@ def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
             " without it SLURM binds each rank, its data loader and its transfers to one core"
         )
     is_exclusive = options.get("exclusive") == "" or "--exclusive" in args.sbatch_arg
-    # per node, core or GPU
+    # --mem, --mem-per-cpu or --mem-per-gpu
     limits_memory = any(name.lstrip("-").startswith("mem") for name in [*options, *args.sbatch_arg])
     if is_exclusive and not limits_memory:
-        # else clusters with a default per core or node give the job a part of the memory of its own nodes
+        # without it, a cluster's default per core or node gives the job only a part of the memory of its nodes
         options["mem"] = "0"
     profile_time = options.pop("time", None)
     time = profile_time if args.time is None else args.time
@@ -237,8 +246,12 @@ def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
 def resolve_margin(margin_seconds: int | None, time: str | None) -> int:
     """Return the seconds before the time limit at which a job saves.
 
+    Args:
+        margin_seconds: value of --margin-seconds; None: MARGIN_SECONDS, or a quarter of the limit if that is less.
+        time: time limit as sbatch reads it; None: no limit.
+
     Raises:
-        UserError: where the job would save before it has begun.
+        UserError: the margin is less than 1, or not less than the limit.
     """
     limit = parse_time_limit(time) if time is not None else math.inf
     margin = min(MARGIN_SECONDS, max(1, limit / 4)) if margin_seconds is None else margin_seconds
@@ -250,7 +263,7 @@ def resolve_margin(margin_seconds: int | None, time: str | None) -> int:
 
 
 def parse_time_limit(time: str) -> float:
-    """Return the seconds of a time limit of sbatch: minutes, MIN:SEC, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS."""
+    """Return the seconds of a time limit: minutes, MIN:SEC, HH:MM:SS, DAYS-HH[:MM[:SS]]; inf for no limit."""
     if time in ("0", "UNLIMITED", "INFINITE"):
         return math.inf
     days, dash, rest = time.rpartition("-")

@@ -1,6 +1,6 @@
-"""Read where jobs and runs stand: from SLURM, from run directories and from the events of the jobs.
+"""Read the state of jobs and runs from SLURM, run directories and the jobs' events.
 
-Nothing here imports torch, because `ettin status` is called often.
+This module does not import torch, so that `ettin status` starts quickly.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from megatron_ettin.metrics.record import METRICS_FILE
 from megatron_ettin.parallel.failure_report import HEARTBEAT
 from megatron_ettin.runs.directory import CONFIG, RunDirectory, find_runs
 
-# the speed is their median
+# number of latest steps whose median is the speed
 SPEED_STEPS = 20
+# timeout of a SLURM command
 SLURM_SECONDS = 30.0
 
 
@@ -41,17 +42,18 @@ class RunState:
     total_steps: int | None
     tokens_per_second: float | None
     seconds_left: float | None
-    """At the speed of the latest steps."""
+    """Estimated seconds to the end of the phase, at the speed of the latest steps."""
     loss: float | None
     checkpoint_step: int | None
     checkpoint_age_seconds: float | None
     silent_seconds: float | None
-    """Since the last step or heartbeat."""
+    """Seconds since the last step or heartbeat."""
     doing: str | None
     """Phase in the latest heartbeat."""
     job: str | None
     """Id of the latest job that was submitted for it."""
     failures: int
+    """Number of failed attempts and unusable nodes of the job."""
     launches: int
     """Number of starts of the job's script: one more than its requeues."""
     last_event: str | None
@@ -60,9 +62,9 @@ class RunState:
     """Slowest rank when ranks were last compared (metrics.ranks_every_steps)."""
     slowest_host: str | None
     slowest_ratio: float | None
-    """Its seconds divided by the median of the others."""
+    """Step seconds of the slowest rank, divided by the median of the others."""
     last_stall: str | None
-    """The watchdogs' line about the latest stall."""
+    """Line of the watchdogs' report about the latest stall."""
 
     @property
     def fraction(self) -> float | None:
@@ -73,7 +75,7 @@ class RunState:
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Yield the run itself, or those in the folders below, also runs whose configuration is lost."""
+    """Yield `folder` if it is a run directory, else those below it, also runs with metrics but no configuration."""
     return find_runs(folder, marks=(CONFIG, METRICS_FILE))
 
 
@@ -123,7 +125,7 @@ def run_state(run: Path) -> RunState:
 
 
 def _count(value: Any) -> int | None:
-    """Return a count that is one, else None."""
+    """Return `value` if it is an int of 0 or more (below 2**63), else None."""
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
@@ -144,24 +146,24 @@ def _last_stall(run: Path) -> str | None:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events of a submission's folder."""
+    """Return all events in a submission's folder, oldest first."""
     return [event for event in read_json_lines(folder / "events.jsonl") if isinstance(event.get("event"), str)]
 
 
 def runs_of_event(event: dict[str, Any]) -> list[str]:
-    """Return the run directories that a submission names."""
+    """Return the run directories in a `submitted` event; empty if it has none."""
     runs = event.get("runs")
     return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
 
 
 def job_of_event(event: dict[str, Any]) -> str | None:
-    """Return the job, or the task of an array, that an event is of; None where it names none."""
+    """Return the id of an event's job or array task; None if it has none."""
     job = event.get("job")
     return job if isinstance(job, str) and re.fullmatch(r"\w+", job) else None
 
 
 def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
-    """Return the folder of the latest submission of this run, its job, and the job or array task that trains it."""
+    """Return folder, job id and this run's job or array task id of its latest submission; three None without one."""
     run = run.absolute()
     for folder in RunDirectory(run).submission_folders:
         for event in reversed(read_events(folder)):
@@ -184,7 +186,7 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _seconds_left(lines: list[dict[str, Any]], settings: dict[str, Any]) -> float | None:
-    """Return the time left by tokens, or by steps where they end the run first."""
+    """Return the seconds left by tokens or by steps, whichever is less; None if both are unknown."""
     if not lines:
         return None
     step, tokens = _count(lines[-1].get("step")), _count(lines[-1].get("tokens"))
@@ -204,7 +206,7 @@ def _time_of(path: Path) -> float | None:
 
 
 def _read_heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], float | None]:
-    """Return the newest heartbeat of the job's attempts, and when it was written."""
+    """Return the newest heartbeat of a job's attempts and the time of its file; empty and None without one."""
     if folder is None or task is None:
         return {}, None
     try:
@@ -226,15 +228,17 @@ class QueuedJob:
     name: str
     state: str
     reason: str
-    """Reason why it waits."""
+    """SLURM's reason why it waits; `None` (the word) without one."""
     nodes: str
+    """SLURM's list of its nodes; empty while it waits."""
     restarts: int
+    """Number of its requeues."""
     log: Path | None
-    """File that takes its output."""
+    """File of its output; None if SLURM names none."""
 
 
 def run_slurm(*command: str) -> str | None:
-    """Return the output of a SLURM command; None without SLURM or when the command fails."""
+    """Return the output of a SLURM command; None without SLURM, on failure or after SLURM_SECONDS."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -243,14 +247,14 @@ def run_slurm(*command: str) -> str | None:
 
 
 def query_jobs(job: str) -> list[QueuedJob]:
-    """Return a job, or the tasks of an array, as long as SLURM remembers them."""
+    """Return a job, or the tasks of an array; empty if SLURM does not know the job (any more) or does not answer."""
     text = run_slurm("scontrol", "show", "job", "--oneliner", job)
     return [_parse_job(line) for line in (text or "").splitlines() if line.startswith("JobId=")]
 
 
 def own_jobs() -> list[QueuedJob]:
-    """Return the user's jobs that wait or run, with all tasks of their arrays. Raises UserError without SLURM."""
-    # %F is the array of an array's task
+    """Return the user's waiting and running jobs, with all tasks of their arrays. Raises UserError without SLURM."""
+    # %F is the id of a job, or of the array that a task belongs to
     text = run_slurm("squeue", "-h", "-u", getpass.getuser(), "-o", "%F")
     if text is None:
         raise UserError("no squeue answers on this machine; name a run directory")
@@ -273,7 +277,7 @@ def _parse_job(line: str) -> QueuedJob:
 
 
 def covers(job: str, task: str | None) -> bool:
-    """Return whether a job's id includes the task: `12_0-3,7%2` stands for the tasks of an array that still wait."""
+    """Return whether a job id of SLURM includes `task`: the waiting tasks `12_0-3,7%2` include `12_3`, not `12_4`."""
     if task is None or "_" not in job or "_" not in task:
         return job == task
     (array, indices), (task_array, index) = job.split("_", 1), task.split("_", 1)

@@ -1,4 +1,4 @@
-"""Write the sbatch script of a job: plain shell that its user can read, change and submit again."""
+"""Write the sbatch script of a job, as plain shell that its user can read, change and submit again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from megatron_ettin.launch.request import BatchJob, Submission
 
 # exported unless the profile sets them
 ENVIRONMENT = {
-    # communication begins in the order in which it was issued
+    # makes kernels and communication start in the order in which they were issued
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "NCCL_DEBUG": "WARN",
 }
+# command of each task with torchrun; the command of the ranks follows as arguments
 TORCHRUN = (
     "exec torchrun --nnodes=$SLURM_NNODES --nproc-per-node={ranks} --node-rank=$SLURM_NODEID"
     ' --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT --no-python "$@"'
@@ -22,13 +23,13 @@ TORCHRUN = (
 
 
 def render_script(job: BatchJob, submission: Submission) -> str:
-    """Return the whole script."""
+    """Return the text of the job's sbatch script."""
     parts = [_header(job, submission), *_environment(submission), *_choose_run(job), *_command(job)]
     return "\n".join([*parts, *_launch(job, submission)]) + "\n"
 
 
 def _header(job: BatchJob, submission: Submission) -> str:
-    """Return the options of sbatch."""
+    """Return the first lines of the script, with the options of sbatch."""
     allocation, torchrun = submission.allocation, submission.launcher == "torchrun"
     options = {"job-name": job.name, "nodes": str(allocation.nodes)}
     options["ntasks-per-node"] = "1" if torchrun else str(allocation.tasks_per_node)
@@ -52,7 +53,7 @@ def _header(job: BatchJob, submission: Submission) -> str:
 
 
 def _directive_value(value: str) -> str:
-    """Return `=VALUE` as sbatch reads it, in quotes where it has spaces; nothing for an option without a value."""
+    """Return `=VALUE`, quoted if it has spaces, as sbatch reads it; empty for an option without a value."""
     if any(c.isspace() for c in value):
         value = shlex.quote(value)
     return f"={value}" if value else ""
@@ -69,10 +70,10 @@ def _environment(submission: Submission) -> list[str]:
     threads = "${SLURM_CPUS_PER_TASK:-1}"
     if submission.launcher == "torchrun":
         lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
-        # a task is all ranks of its node
+        # a task of srun is all ranks of its node
         threads = str(allocation.cpus_per_task or 1)
     if allocation.cpus_per_task:
-        # since SLURM 22.05 srun does not take it over from sbatch
+        # since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
     for name, value in ({"OMP_NUM_THREADS": threads} | ENVIRONMENT | profile.environment).items():
         lines.append(f"export {name}={value if value.startswith('$') else shlex.quote(value)}")
@@ -83,7 +84,7 @@ def _environment(submission: Submission) -> list[str]:
 
 
 def _own_path() -> str:
-    """Return the folder of this very `ettin`, for nodes that share its file system."""
+    """Return the folder of the running `ettin`, for nodes that share its file system; empty if it is not a program."""
     folder = Path(sys.executable).parent
     return str(folder) if (folder / "ettin").exists() else ""
 
@@ -93,7 +94,7 @@ def _quoted_path(path: str) -> str:
 
 
 def _choose_run(job: BatchJob) -> list[str]:
-    """Return the lines that choose the run: in an array by the index of the task."""
+    """Return the lines that set `run`, and in an array also `words` (the run's arguments), by the task's index."""
     if not job.is_array:
         return ["", f"run={shlex.quote(str(job.runs[0].run_dir))}"]
     width = len(str(len(job.runs) - 1))
@@ -117,7 +118,7 @@ def _command(job: BatchJob) -> list[str]:
 
 
 def _in_lines(arguments: tuple[str, ...]) -> list[str]:
-    """Return an option and its value on one line each."""
+    """Return the arguments as lines, each with an option and its value."""
     lines: list[str] = []
     for argument in arguments:
         is_value = lines and lines[-1].startswith("--") and " " not in lines[-1] and not argument.startswith("--")
@@ -139,7 +140,7 @@ def _launch(job: BatchJob, submission: Submission) -> list[str]:
     options = [f"--folder {shlex.quote(str(folder))}", f"--restarts {submission.restarts}"]
     options += [f"--requeues {submission.requeues}", f"--grace-seconds {submission.grace_seconds}"]
     if job.command != "train":
-        # only a run has a heartbeat
+        # only `ettin train` writes a heartbeat, so no other command may be ended for lack of one
         options.append("--start-seconds 0")
     if submission.launcher == "torchrun":
         options.append("--stop-signal TERM")
@@ -155,5 +156,5 @@ def _launch(job: BatchJob, submission: Submission) -> list[str]:
     lines = [f"exec {shlex.quote(profile.python)} {shlex.quote(str(folder / 'supervisor'))}"]
     lines += [f"    {option}" for option in options]
     lines += [f"    -- {shlex.join(srun)}", "    " + " ".join(filter(None, [shlex.join(prefix), ranks]))]
-    # one command over several lines
+    # backslashes continue one command over several lines
     return ["", "# checks the nodes, passes signals on, restarts, requeues", " \\\n".join(lines)]

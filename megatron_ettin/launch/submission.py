@@ -1,4 +1,4 @@
-"""Write the scripts of a submission into the run and hand them to sbatch: all of it, or nothing is left behind."""
+"""Write the scripts of a submission into the run and submit them with sbatch; an error leaves no file and no job."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from megatron_ettin.launch.run_state import job_of_event, query_jobs, read_event
 from megatron_ettin.launch.script import render_script
 from megatron_ettin.launch.supervisor.log import EventLog
 
+# timeout of sbatch
 SUBMIT_SECONDS = 120.0
+# states of a job that has not ended
 WAITING = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+# first words of SLURM's reasons for which a job will never start
 NEVER = ("Partition", "BadConstraints", "InvalidAccount", "InvalidQOS")
 
 
@@ -27,7 +30,7 @@ def write_submission(jobs: Sequence[BatchJob], submission: Submission) -> contex
         A stack whose `close` restores every file and removes the folders that were made.
 
     Raises:
-        UserError: something cannot be written. Nothing is left then, as after any other error.
+        UserError: something cannot be written. After this or any other error, no new file is left.
     """
     folder = submission.folder
     with contextlib.ExitStack() as undo:
@@ -42,7 +45,7 @@ def write_submission(jobs: Sequence[BatchJob], submission: Submission) -> contex
 
 
 def _make_folder(path: Path, undo: contextlib.ExitStack) -> None:
-    """Make a folder with its parents; `undo` removes those that it made. Raises UserError."""
+    """Make a folder with its parents; closing `undo` removes those that were made. Raises UserError."""
     try:
         for folder in reversed((path, *path.parents)):
             if not folder.is_dir():
@@ -53,13 +56,13 @@ def _make_folder(path: Path, undo: contextlib.ExitStack) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    # something else may be in it by now
+    # another process may have put files into it
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def _write_file(path: Path, text: str, undo: contextlib.ExitStack) -> None:
-    """Write a file whole; `undo` restores what was there. Raises UserError."""
+    """Write a file atomically; closing `undo` restores its former content or removes it. Raises UserError."""
     if path.exists():
         undo.callback(path.write_bytes, path.read_bytes())
     else:
@@ -79,15 +82,15 @@ def submit(jobs: Sequence[BatchJob], submission: Submission, after: str | None) 
     """Submit the jobs with sbatch.
 
     Args:
-        jobs: in order; a job may depend on one before it.
-        submission: what they have in common.
-        after: a dependency of the first job, as sbatch writes it.
+        jobs: the jobs in order; each may depend on an earlier one.
+        submission: the settings that they share.
+        after: dependency, as sbatch reads it, of jobs that depend on no other; None: refuse runs already in the queue.
 
     Returns:
-        Job ids by name.
+        Name of a job -> its id.
 
     Raises:
-        UserError: quotes SLURM. Jobs of the same submission that were already queued are cancelled.
+        UserError: SLURM refuses a job. The jobs of this submission that were already queued are cancelled.
     """
     if after is None:
         _check_not_queued(jobs, submission)
@@ -102,7 +105,7 @@ def submit(jobs: Sequence[BatchJob], submission: Submission, after: str | None) 
             undo.callback(subprocess.run, ["scancel", ids[job.name]], capture_output=True, check=False)
         undo.pop_all()
     for job in jobs:
-        # the supervisor goes on with these events
+        # the supervisor appends to the same file
         events = EventLog(str(submission.folder), ids[job.name])
         runs = [str(run.run_dir) for run in job.runs]
         events.record("submitted", name=job.name, nodes=submission.allocation.nodes, runs=runs)
@@ -110,13 +113,13 @@ def submit(jobs: Sequence[BatchJob], submission: Submission, after: str | None) 
 
 
 def why_never_starts(job_id: str) -> str | None:
-    """Return why an accepted job will never start, where SLURM knows (most sites let it be queued all the same)."""
+    """Return SLURM's reason why a queued job will never start; None if there is no such reason."""
     reasons = {job.reason for job in query_jobs(job_id) if job.state == "PENDING"}
     return next((reason for reason in sorted(reasons) if reason.startswith(NEVER)), None)
 
 
 def _check_not_queued(jobs: Sequence[BatchJob], submission: Submission) -> None:
-    """Raise UserError where an earlier job of the same runs waits or runs: a second one would find them locked."""
+    """Raise UserError if an earlier job of the same runs waits or runs, because a run is locked while it trains."""
     runs = {str(run.run_dir) for job in jobs for run in job.runs}
     for event in read_events(submission.folder):
         earlier = job_of_event(event)

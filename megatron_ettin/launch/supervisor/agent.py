@@ -1,4 +1,4 @@
-"""Run the command once: start it, forward signals, watch its heartbeat, read what its ranks left."""
+"""Run the command once: start it, forward signals, watch its heartbeat, read the failure reports of its ranks."""
 
 import json
 import os
@@ -15,22 +15,24 @@ from .log import log_line, write
 from .slurm import SlurmJob
 
 POLL_SECONDS = 0.5
+# time for srun and its steps to end after KILL
 KILL_SECONDS = 10.0
-# more, for the step of an srun that did not end within KILL_SECONDS
+# further time for the steps, if srun did not end within KILL_SECONDS
 STUCK_SECONDS = 2.0
-# below the range that systems hand out by themselves
+# below the range from which systems assign ports to connections
 FIRST_PORT, PORTS = 15000, 17000
+# exit statuses
 DONE, SAVED, USER_ERROR = 0, 75, 2
-# a run's last heartbeat, and the attempt's result that follows from it
+# phase in a run's last heartbeat -> result of the attempt
 FINAL_PHASES = {"done": "done", "stopped": "saved"}
 STOPPED_EARLY = "asked to stop before it had begun"
 
 
 class SupervisorOptions(NamedTuple):
-    """The supervisor's command line, parsed."""
+    """Options of the supervisor's command line."""
 
     folder: str
-    """The run's SLURM files: attempts and events."""
+    """Folder of the run's SLURM files, such as attempts and events."""
     restarts: int
     """Most failures in a row without a new checkpoint."""
     requeues: int
@@ -40,15 +42,19 @@ class SupervisorOptions(NamedTuple):
     grace_seconds: float
     """Time for the command to end, once a rank has ended."""
     stop_signal: str
-    """USR1 or TERM."""
+    """Signal that asks the command to save and end: USR1 or TERM (torchrun)."""
     check_paths: List[str]
+    """Folders that must be writable on every node."""
     check_programs: List[str]
+    """Programs that every node must have."""
     min_free_gib: float
+    """Free space in GiB that each of `check_paths` must have."""
     command: List[str]
+    """Command to run: srun and its arguments."""
 
 
 class StopRequest:
-    """The warning that the time is up, from SLURM or the user. The first one counts; later ones change nothing."""
+    """Handler of TERM, USR1 and INT. `name` is the first signal received, such as SIGUSR1; empty before it."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -60,24 +66,24 @@ class StopRequest:
 
 
 class AttemptResult(NamedTuple):
-    """Result of one attempt."""
+    """How one run of the command ended."""
 
     result: str
-    """done, saved, mistake, failed or hung."""
+    """done, saved, mistake (a restart would repeat it), failed or hung."""
     status: int
     """Exit status of the command."""
     failure: Optional[failed_rank.TaskExit]
-    """Rank that failed first."""
+    """Rank that failed first; None if none is known."""
     heartbeat: Dict[str, Any]
-    """The run's last heartbeat."""
+    """The run's last heartbeat; empty if there was none."""
     why: str
-    """Reason why the command was ended; empty where it ended by itself."""
+    """Reason why the supervisor or the ranks' watchdogs ended it; empty if it ended by itself."""
     stuck: bool
-    """Whether its step cannot be ended."""
+    """Whether a step of the job is still there after it was killed."""
 
 
 def read_heartbeat(folder: str) -> Dict[str, Any]:
-    """Return the last heartbeat; empty before the first."""
+    """Return the last heartbeat in an attempt's folder; empty before the first."""
     try:
         with open(os.path.join(folder, "heartbeat.json"), encoding="utf-8") as file:
             content = json.load(file)
@@ -87,7 +93,7 @@ def read_heartbeat(folder: str) -> Dict[str, Any]:
 
 
 def free_port(job: SlurmJob, attempt: int) -> int:
-    """Return a free port of this host. The search starts where neither two jobs nor two attempts meet."""
+    """Return a free port of this host; the search starts at a number that differs between jobs and attempts."""
     digits = int("".join(c for c in job.id if c.isdigit()) or os.getpid())
     for offset in range(PORTS):
         port = FIRST_PORT + (digits * 31 + attempt + 7 * offset) % PORTS
@@ -101,7 +107,7 @@ def free_port(job: SlurmJob, attempt: int) -> int:
 
 
 class LaunchAgent:
-    """Runs the command once."""
+    """One run of the command."""
 
     def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopRequest, attempt: int) -> None:
         self.options, self.job, self.stop = options, job, stop
@@ -113,7 +119,7 @@ class LaunchAgent:
         self.stuck = False
 
     def run(self) -> AttemptResult:
-        """Run until the command has ended, or was ended because it hung."""
+        """Run the command until it ends, or until it hangs and is killed. Return how it ended."""
         environment = dict(os.environ, ETTIN_ATTEMPT_DIR=self.folder, MASTER_PORT=str(self.port))
         process = subprocess.Popen(
             self.options.command,
@@ -134,7 +140,7 @@ class LaunchAgent:
         return AttemptResult(result, process.returncode, failure, heartbeat, why, self.stuck)
 
     def _read(self, process: "subprocess.Popen[str]") -> None:
-        """Pass the command's errors on, and keep what srun reports of tasks."""
+        """Copy the command's standard error to this process's, and keep srun's reports of failed tasks."""
         assert process.stderr is not None
         for line in process.stderr:
             write(line)
@@ -143,7 +149,7 @@ class LaunchAgent:
                 self.srun_exits.append(task)
 
     def _wait(self, process: "subprocess.Popen[str]") -> str:
-        """Wait for the command. Returns why it was ended; empty where it ended by itself."""
+        """Wait for the command to end, or kill it. Return why it was killed; empty if it ended by itself."""
         forwarded = False
         heartbeat: Dict[str, Any] = {}
         first_end: Optional[float] = None
@@ -155,7 +161,7 @@ class LaunchAgent:
             if latest != heartbeat:
                 heartbeat, changed = latest, now
             if self.stop.name and not forwarded:
-                # a signal would kill ranks that are still importing; with nothing done, nothing is lost
+                # a signal would kill ranks that are still importing, so wait; they have no progress to lose
                 if heartbeat.get("doing", "starting") != "starting":
                     log_line("{}: asking the run to save and end".format(self.stop.name))
                     self._ask_to_stop(process)
@@ -183,10 +189,10 @@ class LaunchAgent:
             process.send_signal(getattr(signal, "SIG" + self.options.stop_signal))
 
     def _end(self, process: "subprocess.Popen[str]", why: str) -> str:
-        """Kill the command and its step, for which SLURM may wait for ever (if its slurmstepd was killed)."""
+        """Kill the command and its steps, return `why`; set `stuck` if a step stays (its slurmstepd may be gone)."""
         self.job.signal_steps("KILL")
         if not self.job.id:
-            # outside of SLURM there are no steps whose end would end the command
+            # in SLURM the command ends with its steps; outside of it there are no steps
             process.kill()
         patience = KILL_SECONDS
         try:
@@ -199,7 +205,7 @@ class LaunchAgent:
         return why
 
     def _result(self, status: int, heartbeat: Dict[str, Any], why: str) -> str:
-        """Judge by the run's last heartbeat, then by the status: of many ranks' statuses srun gives the largest."""
+        """Return AttemptResult.result. The exit status counts last, because srun returns the largest of the ranks'."""
         if heartbeat.get("doing") in FINAL_PHASES:
             return FINAL_PHASES[heartbeat["doing"]]
         if why == STOPPED_EARLY:
@@ -212,7 +218,7 @@ class LaunchAgent:
 
 
 def describe(heartbeat: Dict[str, Any]) -> str:
-    """Describe a heartbeat for the log."""
+    """Return a heartbeat's phase and step as text for the log."""
     if not heartbeat:
         return "before the run's first heartbeat"
     phase = str(heartbeat.get("doing"))

@@ -1,4 +1,4 @@
-"""Check one node before the run, as a script that runs once on each node.
+"""Check a node before the run; the supervisor runs this script once on each node.
 
 It prints `NODE ok`, or a line `NODE: PROBLEM` for each problem.
 The argument is a JSON object with "names" (hosts that must resolve), "files" (that must exist on this node), "programs"
@@ -22,7 +22,7 @@ def node_name() -> str:
 
 
 def find_problems(wanted: Dict[str, Any]) -> List[str]:
-    """Return the problems of this node, one line each; empty if there is none."""
+    """Return the problems of this node, one line each; empty if there is none. `wanted` is the script's argument."""
     problems = []
     for name in wanted["names"]:
         try:
@@ -41,7 +41,7 @@ def find_problems(wanted: Dict[str, Any]) -> List[str]:
 
 
 def disk_problems(path: str, min_free_gib: float) -> List[str]:
-    """Return at most one line: why `path` cannot be written, or that it has too little free space."""
+    """Return one line if `path` cannot be written or has less than `min_free_gib` free; else an empty list."""
     probe = os.path.join(path, ".tmp-probe-{}-{}".format(node_name(), os.getpid()))
     try:
         os.makedirs(path, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Write the supervisor's log lines and events.jsonl. What cannot be written is lost, because the run matters more."""
+"""Write the supervisor's log lines and events.jsonl. If they cannot be written, the run goes on without them."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ ERRORS = 2
 
 
 def open_standard_files() -> None:
-    """Open closed standard files on /dev/null, so that no other file gets their numbers."""
+    """Open closed standard files on /dev/null, so that no other file gets their descriptors."""
     for number in STANDARD_FILES:
         try:
             os.fstat(number)
@@ -21,41 +21,41 @@ def open_standard_files() -> None:
 
 
 def write(text: str) -> None:
-    """Write to standard error without a buffer, so that nothing fails at exit. Never raises."""
-    left = text.encode("utf-8", "replace")
+    """Write to standard error without a buffer, which could fail when it is flushed at exit. Never raises."""
+    remaining = text.encode("utf-8", "replace")
     try:
-        while left:
-            left = left[os.write(ERRORS, left) :]
+        while remaining:
+            remaining = remaining[os.write(ERRORS, remaining) :]
     except OSError:
         pass
 
 
 def log_line(text: str) -> None:
-    """Write one line of the supervisor itself."""
+    """Write one line with the prefix `supervisor: `."""
     write("supervisor: " + text + "\n")
 
 
 class EventLog:
-    """events.jsonl: what happened to the run's jobs, one line each, over all jobs and requeues."""
+    """Log events.jsonl in `folder`, shared by all jobs of a run and their requeues. Events get the id `job`."""
 
     def __init__(self, folder: str, job: str) -> None:
         self.path = os.path.join(folder, "events.jsonl")
         self.job = job
 
     def record(self, event: str, **details: Any) -> None:
-        """Append an event. Raises OSError."""
+        """Append an event with the time and `details`. Raises OSError."""
         entry = {"time": time.time(), "job": self.job, "event": event}
         entry.update(details)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def add(self, event: str, **details: Any) -> None:
-        """Append an event. A full disk does not stop the run."""
+        """Append an event as `record` does, but ignore OSError: a full disk must not stop the run."""
         with contextlib.suppress(OSError):
             self.record(event, **details)
 
     def read(self) -> List[Dict[str, Any]]:
-        """Return the events of this job. Torn lines are skipped."""
+        """Return the events of this job, without torn lines; empty if the file cannot be read."""
         events = []
         try:
             with open(self.path, encoding="utf-8") as file:
@@ -71,7 +71,7 @@ class EventLog:
         return events
 
     def failures(self) -> List[Dict[str, Any]]:
-        """Return the failures since the run last made progress: saved a newer checkpoint or was asked to stop."""
+        """Return this job's `failed` events since it last saved a newer checkpoint, or was stopped and saved."""
         failures: List[Dict[str, Any]] = []
         for record in self.read():
             if record["event"] == "saved":

@@ -1,4 +1,4 @@
-"""Decide what follows from how an attempt ended: restart, requeue, or end."""
+"""Run attempts of the command, and after each decide whether to restart it, requeue the job, or end."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ REQUEUED_SECONDS = 120.0
 
 
 def parse_options(arguments: Sequence[str]) -> SupervisorOptions:
-    """Parse the command line. Exits on a mistake, as argparse does."""
+    """Parse the command line. Exits with status 2 on a mistake, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="supervisor",
         description="Run COMMAND (srun ...) inside a SLURM job: restart it when it fails, requeue the job when it"
@@ -40,26 +40,30 @@ def parse_options(arguments: Sequence[str]) -> SupervisorOptions:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the supervisor. Returns the batch script's status: 0 done, 2 user error, 75 saved, else the command's."""
+    """Run the supervisor.
+
+    Returns:
+        Exit status of the batch script: 0 done, 1 stopped for bad numbers, 2 user error, 75 saved, else the command's.
+    """
     options = parse_options(arguments)
     open_standard_files()
     try:
         return Supervisor(options, SlurmJob(os.environ), StopRequest()).run()
     except OSError as error:
-        # an error of the command or the folder: another attempt would fail alike
+        # the command or the folder does not work, so another attempt would fail too
         log_line("{}: {}".format(error.filename or options.folder, error.strerror or error))
         return USER_ERROR
 
 
 class Supervisor:
-    """One run of the job's batch script."""
+    """Supervisor of one run of the job's batch script."""
 
     def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopRequest) -> None:
         self.options, self.job, self.stop = options, job, stop
         self.events = EventLog(options.folder, job.name)
 
     def run(self) -> int:
-        """Check the nodes, then run attempt after attempt. Returns the exit status."""
+        """Check the nodes, then run attempts until one decides the exit status; return it."""
         options = self.options
         self.events.add("started", restarts=self.job.restarts, nodes=self.job.node_list)
         problems = check_nodes(
@@ -75,7 +79,7 @@ class Supervisor:
         return status
 
     def _after(self, attempt: AttemptResult) -> Optional[int]:
-        """Return the exit status, or None for another attempt."""
+        """Record how an attempt ended. Return the exit status, or None to run another attempt."""
         step, saved_step = attempt.heartbeat.get("step"), attempt.heartbeat.get("saved_step")
         if attempt.result == "done":
             self.events.add("done", step=step)
@@ -93,7 +97,14 @@ class Supervisor:
         return self._after_failure(attempt)
 
     def _after_failure(self, attempt: AttemptResult) -> Optional[int]:
-        """Restart here while that may help, then requeue without the node that fails most, then end."""
+        """Decide what to do after a failed attempt.
+
+        Up to `restarts` failures: run another attempt, or requeue if a step is stuck or a stop was requested. Beyond:
+        requeue without the node that failed most often (at least twice) if there are spare nodes, else end.
+
+        Returns:
+            The exit status, or None to run another attempt.
+        """
         status, failures = (attempt.status if attempt.status > 0 else 1), self.events.failures()
         if attempt.why:
             log_line("{}; the command was ended".format(attempt.why))
@@ -115,7 +126,7 @@ class Supervisor:
         return status
 
     def _exclude_nodes(self, problems: Dict[str, List[str]]) -> int:
-        """Requeue the job without the nodes that cannot take part, where there are enough others, or end it."""
+        """Requeue the job without the unusable nodes if there are enough others. Return the exit status."""
         names = sorted(problems)
         for node in names:
             self.events.add("failed", result="node", node=node, why=problems[node][0])
@@ -128,7 +139,7 @@ class Supervisor:
     def _requeue(
         self, why: str, status: int, attempt: Optional[AttemptResult] = None, exclude: Sequence[str] = ()
     ) -> int:
-        """Requeue the job, unless SLURM has ended it (it was cancelled) or it was requeued too often."""
+        """Requeue the job, unless it was cancelled or requeued too often. Return `status`, after SLURM's TERM."""
         self._log_failure(attempt)
         if self.job.restarts >= self.options.requeues:
             log_line(

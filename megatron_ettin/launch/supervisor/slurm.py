@@ -1,4 +1,4 @@
-"""Ask SLURM about the own job, requeue it, and check its nodes. Outside of a job nothing is asked and nothing done."""
+"""Query and requeue the SLURM job that this process runs in, and check its nodes. Outside of a job, do nothing."""
 
 import json
 import os
@@ -8,11 +8,13 @@ import sys
 import time
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-# a controller may be busy
+# timeout of a SLURM command, whose controller may be busy
 PATIENCE_SECONDS = 20.0
+# most attempts to change the excluded nodes, 0.2 s apart
 EXCLUDE_TRIES = 50
+# states of nodes that the job may get
 USABLE_STATES = "idle,mixed,alloc,completing"
-# a file system may be cold, on thousands of nodes
+# timeout of the check: the first access to a shared file system may be slow on thousands of nodes
 CHECK_SECONDS = 120.0
 
 
@@ -21,11 +23,11 @@ class CommandResult(NamedTuple):
 
     status: int
     text: str
-    """Standard output, or the last line of standard error where that is empty."""
+    """Standard output, or the last line of standard error if the output is empty."""
 
 
 def run_command(command: Sequence[str]) -> CommandResult:
-    """Run a command of SLURM in a session of its own, away from this process's signals. Never raises."""
+    """Run a SLURM command in a new session, so that signals to this process do not reach it. Status 1 on any error."""
     try:
         done = subprocess.run(
             list(command),
@@ -43,12 +45,15 @@ def run_command(command: Sequence[str]) -> CommandResult:
 
 
 def expand_hosts(node_list: str) -> List[str]:
-    """Expand SLURM's list of nodes to names, in order."""
+    """Expand SLURM's list of nodes, such as `n[1-3]`, to names, in order; empty for an empty list."""
     return run_command(["scontrol", "show", "hostnames", node_list]).text.split() if node_list else []
 
 
 class SlurmJob:
-    """The job this process runs in; `id` is empty outside of one."""
+    """The SLURM job that this process runs in; outside of one, `id` is empty.
+
+    `name` is the id of the job or array task (`12` or `12_3`), `restarts` the number of its requeues.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.id = environment.get("SLURM_JOB_ID", "")
@@ -60,22 +65,22 @@ class SlurmJob:
         self.partition = environment.get("SLURM_JOB_PARTITION", "")
 
     def state(self) -> str:
-        """Return RUNNING, COMPLETING, ...; empty where SLURM does not answer."""
+        """Return the job's state, such as RUNNING or COMPLETING; empty if SLURM does not answer."""
         result = run_command(["squeue", "-h", "-j", self.id, "-o", "%T"]) if self.id else CommandResult(1, "")
         return result.text.split()[0] if result.status == 0 and result.text else ""
 
     def steps(self) -> List[str]:
-        """Return the ids of the job's steps, without the batch script's own."""
+        """Return the ids of the job's steps, except the batch step; empty if SLURM does not answer."""
         result = run_command(["squeue", "-h", "-s", "-j", self.id, "-o", "%i"]) if self.id else CommandResult(1, "")
         return [step for step in result.text.split() if re.search(r"\.\d+$", step)] if result.status == 0 else []
 
     def signal_steps(self, name: str) -> None:
-        """Signal the tasks alone: srun itself, on TERM, would have them killed soon after."""
+        """Send the signal `name` to the tasks but not to srun, which on TERM would kill the tasks soon after."""
         for step in self.steps():
             run_command(["scancel", "--signal=" + name, step])
 
     def wait_for_steps(self, seconds: float) -> bool:
-        """Return whether all steps end within so many seconds. One whose slurmstepd was killed never does."""
+        """Wait until all steps have ended; return False if one has not after `seconds` (its slurmstepd may be gone)."""
         deadline = time.monotonic() + seconds
         while self.steps():
             if time.monotonic() > deadline:
@@ -84,21 +89,21 @@ class SlurmJob:
         return True
 
     def excluded(self) -> List[str]:
-        """Return the nodes that the job may not run on."""
+        """Return the names of the nodes that are excluded for the job (ExcNodeList)."""
         match = re.search(r"ExcNodeList=(\S+)", run_command(["scontrol", "show", "job", self.id]).text)
         return [] if match is None or match.group(1) == "(null)" else expand_hosts(match.group(1))
 
     def has_spares(self, without: Sequence[str]) -> bool:
-        """Return whether the partition has enough usable nodes without these."""
+        """Return whether the partition has enough usable nodes for the job without the nodes `without`."""
         command = ["sinfo", "-h", "-N", "-t", USABLE_STATES, "-o", "%N"]
         result = run_command(command + (["-p", self.partition] if self.partition else []))
         return result.status == 0 and len(set(result.text.split()) - set(without)) >= self.nodes
 
     def requeue(self, exclude: Sequence[str] = ()) -> Optional[str]:
-        """Put the job back into the queue, to run on other nodes than `exclude`. Returns None, or why it was refused.
+        """Put the job back into the queue, to run without the nodes `exclude`. Return None, or why it was refused.
 
-        SLURM ends this process soon after. A job's nodes can be changed only while it is pending, which is from the
-        requeue on, so that comes next, within the seconds between SLURM's TERM and its KILL.
+        SLURM ends this process soon after. The excluded nodes of a job can be changed only while it is pending. So they
+        are set after the requeue, in the seconds between SLURM's TERM and its KILL.
         """
         if not self.id:
             return "not in a SLURM job"
@@ -118,10 +123,17 @@ class SlurmJob:
 def check_nodes(
     job: SlurmJob, folder: str, paths: Sequence[str], programs: Sequence[str], min_free_gib: float
 ) -> Dict[str, List[str]]:
-    """Run check_node.py on every node of the job at once. Returns problems by node; none outside of SLURM.
+    """Run check_node.py on all nodes of the job concurrently.
 
-    Arguments: the shared folder of the run's SLURM files, folders that must be writable on each node, programs that
-    each node must have, and the room that each folder must have left.
+    Args:
+        job: the job.
+        folder: shared folder of the run's SLURM files.
+        paths: folders that must be writable on each node.
+        programs: programs that each node must have.
+        min_free_gib: free space in GiB that each folder must have.
+
+    Returns:
+        Node -> its problems, without the nodes that have none; empty outside of SLURM.
     """
     hosts = expand_hosts(job.node_list)
     if not hosts:
@@ -133,7 +145,7 @@ def check_nodes(
             file.write("\n")
         files, paths = [shared_file], list(paths)
     except OSError:
-        # then each node reports why it cannot write there
+        # each node then reports why it cannot write to the folder
         files, paths = [], list(paths) + [folder]
     wanted = {
         # the ranks meet at the first host
@@ -154,7 +166,7 @@ def check_nodes(
 
 
 def _run_check(command: Sequence[str], hosts: Sequence[str]) -> Dict[str, List[str]]:
-    """Return problems by node: what the nodes print, and srun's line for a node that prints nothing."""
+    """Run the check; return node -> the problems that it printed, or srun's error for a node that printed nothing."""
     process = subprocess.Popen(
         list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True
     )
