@@ -34,7 +34,7 @@ def staging_dir(out: Path) -> Iterator[Path]:
     `.tmp-NAME/` is removed at the end, with all that the body has not renamed. A lock keeps other processes out.
 
     Raises:
-        UserError: `out` exists and is not empty, cannot be written, or another process is writing it.
+        UserError: `out` is not a new or an empty folder, cannot be written, or another process is writing it.
     """
     out = resolve_output(out)
     _check_free(out)

@@ -42,7 +42,7 @@ def from_hf(hf_dir: Path, out: Path, report: Report | None = None, objective: st
         Summary with the keys source, out, objective, size, tensors and notes (the assumptions made).
 
     Raises:
-        UserError: the folder does not hold such a model, or `out` is not free.
+        UserError: the folder holds no ModernBERT model that this package supports, or `out` is not free.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
@@ -84,6 +84,7 @@ def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
 
     Raises:
         RankError: the main process has not finished within WAIT_SECONDS.
+        UserError: on the main process, as `from_hf`.
     """
     target = run_dir / f"imported-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if is_main_process and not target.is_dir():

@@ -118,7 +118,7 @@ def _tokens(source: SourceCheckpoint, info: CardInfo) -> dict[str, str]:
 
 
 def planned_tokens(run: Mapping[str, Any]) -> str:
-    """Return the tokens (and steps) planned by the `run` group of a config.yaml, as text; empty for imports."""
+    """Return the tokens (and steps) that the `run` group of a config.yaml plans, as text; empty without a plan."""
     tokens, steps = run.get("tokens"), run.get("steps")
     if not isinstance(tokens, int) or tokens <= 0:
         return ""

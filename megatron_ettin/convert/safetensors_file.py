@@ -35,7 +35,7 @@ TensorSpec = tuple[str, tuple[int, ...]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 READERS = 2
-"""Threads that read ahead; more of them take turns at the same memory bus."""
+"""Threads that read ahead; the memory bandwidth limits more of them."""
 AHEAD_BYTES = 64 << 20
 """Most memory of items that are read ahead; a larger item is read only when it is the next."""
 

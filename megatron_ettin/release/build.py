@@ -202,7 +202,7 @@ def _identity(plan: ReleasePlan) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Make the release folder and its `.work`, and lock it. Raises UserError if it is in use or no such release."""
+    """Make and lock the release folder, and empty `.work`. Raises UserError if it is in use or holds other files."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file is there; name a folder")
     index = out / RECORD

@@ -78,7 +78,7 @@ def push(out: Path, repository: str, names: list[str], private: bool) -> PushRes
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return the exception classes of the hub and its HTTP client: httpx since huggingface_hub 1.0, before OSError."""
+    """Return the exceptions of the hub and its HTTP client: httpx's since huggingface_hub 1.0, OSErrors before."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:

@@ -284,7 +284,7 @@ def bad_steps(models: Sequence[PhaseChain]) -> str:
 
 
 def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
-    """Return the table of checkpoints and milestones, with integrity and parity of exports found also in `releases`."""
+    """Return the table of checkpoints and milestones: integrity, and parity of exports (also those in `releases`)."""
     exports = facts.exported(models, releases)
     rows = []
     for model, phase, run in _runs(models):

@@ -60,7 +60,7 @@ def from_composer(
         Summary with the keys source, out, objective, size, tensors and notes (the assumptions made).
 
     Raises:
-        UserError: the file is no such checkpoint, contradicts the configuration, or `out` is not free.
+        UserError: the file is no checkpoint of the original trainer or contradicts `config`, or `out` is not free.
     """
     file, out = Path(file), Path(out)
     if objective is not None:

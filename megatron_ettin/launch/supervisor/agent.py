@@ -93,7 +93,7 @@ def read_heartbeat(folder: str) -> Dict[str, Any]:
 
 
 def free_port(job: SlurmJob, attempt: int) -> int:
-    """Return a free port of this host; the search starts at a number that differs between jobs and attempts."""
+    """Return a free port of this host; the search starts at a number that depends on the job and the attempt."""
     digits = int("".join(c for c in job.id if c.isdigit()) or os.getpid())
     for offset in range(PORTS):
         port = FIRST_PORT + (digits * 31 + attempt + 7 * offset) % PORTS
@@ -192,7 +192,7 @@ class LaunchAgent:
         """Kill the command and its steps, return `why`; set `stuck` if a step stays (its slurmstepd may be gone)."""
         self.job.signal_steps("KILL")
         if not self.job.id:
-            # in SLURM the command ends with its steps; outside of it there are no steps
+            # in SLURM the command ends with its steps; outside of SLURM there are none
             process.kill()
         patience = KILL_SECONDS
         try:

@@ -35,7 +35,7 @@ class TaskExit(NamedTuple):
 
     @property
     def is_consequence(self) -> bool:
-        """Return whether the rank failed because another one did, judged by the last line of its error."""
+        """Return whether the rank failed because another rank did, judged by the last line of its error."""
         return self.category == "error" and any(CONSEQUENCES.search(line) for line in self.lines[-1:])
 
     def describe(self) -> str:
