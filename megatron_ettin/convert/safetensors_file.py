@@ -211,10 +211,7 @@ def read_ahead(
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, read(item)) in order; READERS threads read following items ahead.
 
-    Args:
-        items: what to read.
-        bytes_of: returns the memory of an item's result; results read ahead take at most AHEAD_BYTES in all.
-        read: reads one item; it must be safe to call from several threads.
+    `bytes_of` returns the memory of an item's result. Results that are read ahead take at most AHEAD_BYTES in all.
     """
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
     rest, ahead_bytes = deque(items), 0

@@ -209,12 +209,7 @@ def special_ids(tokenizer: Path, vocab_size: int, recorded: Mapping[str, int]) -
 
     The tokenizer's ids come first, then those that an import `recorded`. For a role that neither has, a vocabulary of
     the published size without a tokenizer gets the published id. Otherwise one of the last five ids stands in, because
-    transformers needs such ids in every decoder's config.
-
-    Args:
-        tokenizer: folder of the checkpoint's tokenizer, which need not exist.
-        vocab_size: rows of the model's vocabulary.
-        recorded: role -> id, from the checkpoint's progress.
+    transformers needs such ids in every decoder's config. The folder `tokenizer` need not exist.
     """
     known, has_tokenizer = dict(recorded), (tokenizer / FILES[0]).is_file()
     if has_tokenizer:

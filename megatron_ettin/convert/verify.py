@@ -36,13 +36,7 @@ class ParityError(Exception):
 def check_export(
     source: SourceCheckpoint, folder: Path, dtype: torch.dtype, our_logits: Logits | None
 ) -> dict[str, Any]:
-    """Compare an export with its checkpoint.
-
-    Args:
-        source: the checkpoint.
-        folder: the exported folder.
-        dtype: type of the exported weights.
-        our_logits: computes our model's logits; None: compare tensors only.
+    """Compare an export whose weights are `dtype` with its checkpoint; if `our_logits` is None, only the tensors.
 
     Returns:
         The content of parity.json.
@@ -65,10 +59,7 @@ def check_export(
 
 
 def compare_tensors(source: SourceCheckpoint, folder: Path, dtype: torch.dtype) -> int:
-    """Read every tensor of the export and compare its bits with the checkpoint's, converted to `dtype`.
-
-    Returns:
-        Number of tensors in the export.
+    """Compare the bits of every exported tensor with the checkpoint's in `dtype`; return the number of tensors.
 
     Raises:
         ParityError: a name or a bit differs.

@@ -97,13 +97,10 @@ class Supervisor:
         return self._after_failure(attempt)
 
     def _after_failure(self, attempt: AttemptResult) -> Optional[int]:
-        """Decide what to do after a failed attempt.
+        """Decide what to do after a failed attempt. Return the exit status, or None to run another attempt.
 
         Up to `restarts` failures: run another attempt, or requeue if a step is stuck or a stop was requested. Beyond:
         requeue without the node that failed most often (at least twice) if there are spare nodes, else end.
-
-        Returns:
-            The exit status, or None to run another attempt.
         """
         status, failures = (attempt.status if attempt.status > 0 else 1), self.events.failures()
         if attempt.why:
