@@ -1,7 +1,7 @@
-"""Fit the step model's constants to measured runs, and report how far the model is from each of them.
+"""Fit the step model's constants to measured runs, and report the model's error for each run.
 
-The fit is a least-squares one over relative errors, tried over every choice of the four constants, none negative.
-The choice with the least error wins; of equal ones, the one with fewer constants. Communication, the update and the
+The fit is non-negative least squares over relative errors. It is solved for every subset of the four constants. The
+subset with the least error wins; of equal ones, the smallest. Communication, the optimizer's update and the fixed
 seconds of a step are not fitted: they are subtracted first.
 """
 
@@ -35,12 +35,12 @@ Array = npt.NDArray[np.float64]
 
 REQUIRED_KEYS = ("size", "gpus", "tokens_per_second_per_gpu")
 RUN_KEYS = (*REQUIRED_KEYS, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
-# keys of a line of `ettin bench` that a run takes as they are, and those that become overrides
+# keys of a line of `ettin bench`: the first are copied, the others become overrides and the name of the GPU
 BENCH_KEYS = ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")
 BENCH_BATCH_KEYS = ("micro_batch_rows", "global_batch_rows", "words", "device")
 NAMES, WHOLE = ("size", "objective", "phase", "gpu"), ("gpus", "gpus_per_node")
 CHOICES = [choice for n in (1, 2, 3, 4) for choice in itertools.combinations(range(4), n)]
-# tokens/s of each of four H100, encoders at 1,024: from the original's published hours for 2T tokens
+# tokens/s per GPU of encoders on four H100, rows of 1,024 tokens; from the original's published hours for 2T tokens
 PUBLISHED_RUNS = {"17m": 985e3, "32m": 655e3, "68m": 463e3, "150m": 296e3, "400m": 146e3, "1b": 64e3}
 
 
@@ -68,17 +68,22 @@ class MeasuredRun:
 
 
 def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[MeasuredRun]:
-    """Read measured runs from a JSON list or from JSON lines, also the lines of `ettin bench`.
+    """Read measured runs from a JSON list or from JSON lines, such as those of `ettin bench`.
 
-    A run has `size`, `gpus` and `tokens_per_second_per_gpu`. Where it differs from a pretrain encoder on `gpu`, it
-    also has `objective`, `phase`, `gpu`, `gpus_per_node`, `chunk_tokens` or `words` (its `key=value` overrides).
+    A run has `size`, `gpus` and `tokens_per_second_per_gpu`. It may have `objective` (default: mlm), `phase`
+    (pretrain), `gpu`, `gpus_per_node`, `chunk_tokens` and `words` (its `key=value` overrides).
+
+    Args:
+        path: the file.
+        gpu: GPU model of runs that name none.
+        own: file with further GPU models, or None.
 
     Raises:
-        UserError: naming the run and the key that is wrong.
+        UserError: the file, a run or a key is wrong; the message names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = load_json(text) if text.lstrip().startswith("[") else [load_json(one) for one in text.splitlines()]
+        rows = load_json(text) if text.lstrip().startswith("[") else [load_json(line) for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--calibrate {path}: {error}") from None
     rows = [row for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]
@@ -90,10 +95,12 @@ def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[Measure
             runs.append(_parse_run(_from_bench_row(row, own), gpu, own))
         except UserError as error:
             raise UserError(f"--calibrate {path}: run {number}: {error}") from None
-    # overrides that not all runs share tell their names apart
+    # runs are named by the overrides that not all of them share
     overrides = [row.get("words", []) for row in rows]
     common = set.intersection(*map(set, overrides))
-    names = (" ".join([run.name, *(one for one in own if one not in common)]) for run, own in zip(runs, overrides))
+    names = (
+        " ".join([run.name, *(word for word in given if word not in common)]) for run, given in zip(runs, overrides)
+    )
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
 
 
@@ -152,23 +159,23 @@ def _check_types(row: dict[str, Any]) -> None:
 
 
 def fit_constants(runs: list[MeasuredRun]) -> Constants:
-    """Fit the constants to these runs, at most as many constants as there are runs."""
+    """Fit the four constants to these runs; at most as many as there are runs are above 0."""
     rows, wanted = [], []
     unfitted = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
     for run in runs:
         rest = dataclasses.replace(run.model, constants=unfitted).predict(run.config, run.dp).total
         pp, vpp = run.config.parallel.pp, run.config.parallel.vpp
-        # the bubble is made of what is fitted
-        longer = 1 + (pp - 1) / (vpp * micro_batches(run.config, run.dp))
+        # the pipeline bubble is in proportion to the fitted work
+        with_bubble = 1 + (pp - 1) / (vpp * micro_batches(run.config, run.dp))
         work = np.array(run.model.busiest_rank_work(run.config, run.dp))
-        rows.append(work * longer / run.step_seconds)
+        rows.append(work * with_bubble / run.step_seconds)
         wanted.append(max(0.0, 1 - rest / run.step_seconds))
     best = _non_negative(np.array(rows), np.array(wanted))
     return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds, float(best[3]))
 
 
 def _non_negative(a: Array, b: Array) -> Array:
-    """Return the non-negative x of least |a x - b|, found over every choice of columns."""
+    """Return the non-negative x that minimises |a x - b|, by trying every subset of columns."""
     best, least = np.zeros(a.shape[1]), float("inf")
     for choice in CHOICES:
         if len(choice) > len(b):

@@ -26,10 +26,10 @@ from megatron_ettin.plan.schedule_end import describe_end, expected_row_tokens, 
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return figures of a run before it starts.
+    """Return the figures of a run that are known before it starts, by name.
 
-    Steps assume full rows, or `data.mean_tokens_per_row` where it is set; the data's own fill decides the exact
-    number.
+    Steps are counted for rows of `data.mean_tokens_per_row` tokens, or for full rows if it is not set. The mean of the
+    actual rows decides the exact number.
     """
     model, data, batch = config.model, config.data, config.batch
     flops = mean_flops_per_token(config)
@@ -50,10 +50,10 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
-    """Return how often each dataset will be read, or no datasets and the reason.
+    """Return (how often each dataset will be read, ""), or ([], the reason) if that is unknown.
 
     Raises:
-        UserError: the mixture is not valid.
+        UserError: the mixture is not valid, or a dataset does not suit the run's rows.
     """
     if config.data.mixture is None:
         return [], "data.mixture is not set"
@@ -86,7 +86,7 @@ def memory_line(config: Config) -> str | None:
 
 
 def describe(config: Config, as_json: bool) -> str:
-    """Return the text or JSON that `--dry-run` prints."""
+    """Return the text or JSON that `--dry-run` prints, and log warnings about the mixture."""
     figures = facts(config)
     table, reason = mixture_epochs(config)
     for warning in epoch_warnings(table):

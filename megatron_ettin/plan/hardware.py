@@ -10,7 +10,7 @@ from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.parsing import read_yaml
 
 MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
-# of any figure, so that none becomes infinite in another unit
+# largest value of a GPU table, so that none becomes infinite when its unit is converted
 LARGEST = 1e12
 TABLE = Path(__file__).with_name("gpus.yaml")
 ALIASES = {"h100": "h100-sxm", "a100-80gb": "a100", "h200-sxm": "h200"}
@@ -29,11 +29,11 @@ class GpuSpec:
     network_gb_per_s: float
     gpus_per_node: int
     link_us: float = 3.4
-    """Latency of a ring's step to the next GPU of the host; these are those of NCCL's own model of its "Simple"
-    protocol.
+    """Microseconds of a ring's step to the next GPU of the host. Both defaults are those of NCCL's own model of its
+    "Simple" protocol.
     """
     network_us: float = 14.0
-    """Latency of a ring's step to the next host."""
+    """Microseconds of a ring's step to the next host."""
 
     @property
     def flops(self) -> float:
@@ -51,13 +51,13 @@ class GpuSpec:
         return self.memory_tb_per_s * 1e12
 
     def ring_rate(self, ranks: int, stride: int, node: int) -> float:
-        """Return the bytes per second that pass each point of a ring.
+        """Return the bandwidth of a ring in bytes per second, at its slowest link.
 
-        Rings between hosts use the network links of all of a host's GPUs that are in them.
+        A ring between hosts uses the network links of all its GPUs on a host.
 
         Args:
             ranks: GPUs in the ring.
-            stride: every how many GPUs one is in the ring.
+            stride: distance of the ring's GPUs in the order of ranks; 1: adjacent.
             node: GPUs per host.
         """
         inside = max(1, min(ranks, node // stride))
@@ -66,12 +66,12 @@ class GpuSpec:
         return min(self.link_gb_per_s, inside * self.network_gb_per_s) * 1e9
 
     def ring_latency(self, ranks: int, stride: int, node: int) -> float:
-        """Return the seconds that a first byte takes around such a ring: a gather or a scatter of next to nothing."""
+        """Return the seconds of a gather or scatter of almost no bytes over a ring (arguments: see `ring_rate`)."""
         nodes = self._nodes(ranks, stride, node)
         return ((ranks - nodes) * self.link_us + (nodes - 1) * self.network_us) * 1e-6
 
     def reduce_latency(self, ranks: int, stride: int, node: int) -> float:
-        """Return the latency of an all-reduce: twice around the ring, or a tree of hosts where that is faster."""
+        """Return the seconds of an all-reduce of almost no bytes, over the ring or, if faster, a tree of hosts."""
         nodes = self._nodes(ranks, stride, node)
         chain, levels = -(-ranks // nodes) - 1, math.ceil(math.log2(nodes))
         tree = 2 * (chain * self.link_us + levels * self.network_us) * 1e-6
@@ -82,7 +82,7 @@ class GpuSpec:
 
 
 def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
-    """Return the GPU model of that name. Raises UserError with the names that there are."""
+    """Return the GPU model `name` of `own_file` or gpus.yaml. Raises UserError with the names that are known."""
     table = read_table(TABLE) | (read_table(own_file) if own_file is not None else {})
     wanted = name.lower()
     gpu = table.get(ALIASES.get(wanted, wanted))
@@ -94,7 +94,7 @@ def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
 
 
 def read_table(path: Path) -> dict[str, GpuSpec]:
-    """Read GPU models from a file. Raises UserError naming the model and key that are wrong."""
+    """Read GPU models from a YAML file, by lower-case name. Raises UserError naming the wrong model and key."""
     content = read_yaml(path, f"--gpus-file {path}")
     if not isinstance(content, dict):
         raise UserError(f"--gpus-file {path}: expected a mapping of GPU names")

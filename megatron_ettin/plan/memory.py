@@ -3,10 +3,10 @@
 Weights, gradients and optimizer are exact arithmetic over the layout. Activations are counted operation by operation
 from the tensors that each one saves for backward.
 
-`fused` means that element-wise work is compiled, as on GPUs, and that attention is a kernel that takes boundaries.
-Otherwise operations run one by one and attention is that of model/attention.py. `fused` follows `runtime.compile`
-alone, so the attention of an uncompiled GPU run, or of a compiled CPU run, is counted as if it were the other kernel.
-tests/plan/test_memory.py compares the uncompiled count with real CPU ranks. The fused count is not compared with any.
+`fused` means that element-wise operations are compiled, as on GPUs, and that the attention kernel takes chunk
+boundaries. Otherwise operations run one by one and attention is torch's scaled_dot_product_attention. `fused` follows
+`runtime.compile` alone, so an uncompiled GPU run, or a compiled CPU run, is counted with the wrong attention.
+tests/plan/test_memory.py compares the uncompiled count with real CPU ranks. The fused count is compared with nothing.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def rank_memory(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> M
     stage, offloaded = zero_stage(parallel), parallel.zero_offload
     if stage:
         shards = dp * parallel.cp
-    # muon has one moment (all but the embedding), the others two
+    # bytes of fp32 moments per weight: muon has one moment (two of the embedding), the other optimizers have two
     moments = 4 if config.optim.name == "muon" else 8
     embedding_moments = (8 - moments) * embedding
-    # fp32 masters, in addition to the weights; ZeRO below stage 3, or with offload, has them of fp32 weights too
+    # fp32 masters of 16-bit weights; ZeRO has them of fp32 weights too, except in stage 3 without offload
     masters = 0 if is_fp32 and (not stage or (stage == 3 and offloaded == "none")) else 4
     state = (parameters * (moments + masters) + embedding_moments) // shards
     weights = parameters * (4 if is_fp32 else 2) // (shards if stage == 3 else 1)
@@ -97,15 +97,16 @@ def rank_memory(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> M
 
 
 def rank_stages(config: Config, pp_rank: int) -> list[range]:
-    """Return the layers of each stage of a pipeline rank."""
+    """Return the layer indices, from 0, of each stage of a pipeline rank."""
     ends = list(itertools.accumulate(stage_layers(config)))
     return list(map(range, [0, *ends], ends))[pp_rank :: config.parallel.pp]
 
 
 def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
-    """Return the parameters of one rank of a pipeline stage, and those of the embedding among them.
+    """Return how many parameters a rank of pipeline rank `pp_rank` holds, and how many of these the embedding has.
 
-    The rank's copy of the vocabulary is counted. Tensor parallelism does not shard norms and the head's dense layer.
+    The last stage's copy of the tied embedding counts too. Tensor parallelism does not shard norms and the head's
+    dense layer.
     """
     model, parallel = config.model, config.parallel
     layers = sum(map(len, rank_stages(config, pp_rank)))
@@ -115,7 +116,7 @@ def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
     sharded = layers * layer_parameter_count(model) // parallel.tp
     vocabulary = -(-model.vocab_size // parallel.tp)
     embedding = vocabulary * model.hidden_size if first or last else 0
-    # with the final norm
+    # the dense layer, its norm and the final norm, the vocabulary bias
     head = model.hidden_size**2 + 2 * model.hidden_size + vocabulary if last else 0
     return sharded + norms + embedding + (model.hidden_size if first else 0) + head, embedding
 
@@ -131,13 +132,13 @@ def fp8_parameters(config: Config, pp_rank: int) -> int:
 
 
 def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tuple[float, float]:
-    """Return the activations of all micro-batches in flight on a pipeline rank, and the loss, in bytes."""
+    """Return the activation bytes of all micro-batches in flight on a pipeline rank, and the peak bytes of the loss."""
     parallel, fused = (
         config.parallel,
         config.runtime.compile == "always" or (on_gpu and config.runtime.compile == "auto"),
     )
     each = [layers_bytes(config, stage, fused) for stage in rank_stages(config, pp_rank)]
-    recomputed = max(one for _, one in each)
+    recomputed = max(largest for _, largest in each)
     inputs = input_bytes(config, fused)
     saved = sum(kept for kept, _ in each) + inputs
     if pp_rank == 0:
@@ -169,7 +170,7 @@ def sequence_parallel_degree(parallel: ParallelConfig) -> int:
 
 
 def layers_bytes(config: Config, layers: range, fused: bool) -> tuple[float, float]:
-    """Return the bytes saved by layers, and the most that backward recomputes for one of them."""
+    """Return the bytes that layers save for backward, and those of the largest recomputed layer (0 if none is)."""
     by_layer = [layer_bytes(config, number, fused) for number in layers]
     recomputed = (config.parallel.recompute_layers or len(layers)) if config.parallel.recompute == "full" else 0
     recomputed = min(recomputed, len(layers))
@@ -179,7 +180,7 @@ def layers_bytes(config: Config, layers: range, fused: bool) -> tuple[float, flo
 
 
 def layer_bytes(config: Config, number: int, fused: bool) -> float:
-    """Return the bytes saved by layer `number`, counted from 0.
+    """Return the bytes that layer `number`, counted from 0, saves for backward.
 
     These are two norms' inputs, statistics and outputs, the dropout's mask (or the tokens' keys), attention, and the
     MLP's inner products.
@@ -188,7 +189,7 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
     norm = 2 * model.hidden_size * element + 2 * element
     outside = 2 * norm + (4 if fused else model.hidden_size)
     if number == 0:
-        # layer 0 has no first norm, but an input of its own
+        # layer 0 has no first norm: only its input is saved
         outside -= norm - model.hidden_size * element
     recomputed = parallel.recompute_modules if parallel.recompute == "selective" else []
     inner = 0 if "mlp" in recomputed else (3 if fused else 4) * model.ffn_hidden_size * element
@@ -198,7 +199,7 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
 
 
 def attention_bytes(config: Config, number: int, fused: bool) -> float:
-    """Return a token's bytes in attention over all heads.
+    """Return the bytes that attention saves per token, over all heads.
 
     These are rotated queries and keys, the buffer of q, k and v, the output, and the softmax's normalisers.
     """
@@ -223,7 +224,7 @@ def attention_bytes(config: Config, number: int, fused: bool) -> float:
 
 
 def window_keys(config: Config, causal: bool) -> int:
-    """Return how many keys one 64-query band of a local layer attends to, in whole bands."""
+    """Return how many keys a band of BAND queries of a local layer attends to, in whole bands."""
     window = config.windows[causal]
     before = math.ceil((window - 1 if causal else window) / BAND)
     return BAND * (before + 1 + (0 if causal else before))
@@ -253,22 +254,23 @@ def embedding_bytes(config: Config) -> float:
 
 
 def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
-    """Return the bytes saved by norm and head, the loss's peak, and what the loss leaves for backward.
+    """Return bytes: saved by the final norm and the head, peak of the loss, left by the loss for backward.
 
     The saved bytes include the gathered hidden states. The peak is a chunk of logits, the gradient of the labelled
-    hidden states, and the vocabulary's gradient in fp32, which is summed over chunks.
+    hidden states, and the vocabulary's gradient in fp32, which is summed over chunks. Backward needs that gradient in
+    the compute precision.
     """
     model, element, tokens = config.model, element_bytes(config.precision), micro_batch_tokens(config)
     share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[name].masks else 1.0 for name in row_objectives(config))
     labelled = round(tokens * share)
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
     norm = tokens * (model.hidden_size + 2) * element / sequence_parallel_degree(config.parallel)
-    # positions, labels; inputs of dense, GELU and norm, the norm's output; losses
+    # of each label: position and id; inputs of dense, GELU and norm, the norm's output; loss and whether it is correct
     saved = norm + labelled * (16 + 4 * model.hidden_size * element + 4 + 1)
     gathered = tokens * model.hidden_size * element
     rows = max(FEWEST_CHUNK_ROWS, CHUNK_LOGITS_BYTES // (4 * vocabulary))
     chunk = min(rows, labelled) * vocabulary * (element + 4 + (4 if element < 4 else 0))
-    # logits and their gradient, and a product that is added to the sum
+    # logits, their gradient, and the chunk's gradient of the vocabulary before it is added to the sum
     if fused:
         chunk = min(DEVICE_CHUNK_ROWS, labelled) * vocabulary * 2 * element
         chunk += vocabulary * model.hidden_size * element

@@ -1,11 +1,12 @@
 """Simulate a pipeline's step pass by pass, and count the empty row slots of a run.
 
 Every rank runs its passes in the order of core's schedules (1F1B, arXiv 2104.04473 figure 4; with several model
-chunks per rank, interleaved), each as soon as the rank is free and its input has arrived. Where all stages take the
+chunks per rank, interleaved), each as soon as the rank is free and its input has arrived. If all stages take the
 same time, this gives the closed form of the bubble, (pp - 1) / (vpp x micro-batches). With unequal stages or
 transfers the closed form is wrong.
 
-Empty row slots are those of a whole run's micro-batches, the batch warm-up's smaller steps included.
+An empty row slot is a row of a micro-batch without data. They are counted over a whole run, in which the batch warm-up
+has smaller steps.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ Pass = tuple[str, int, int]
 
 
 def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Pass]:
-    """Return the passes of a rank in core's order.
+    """Return the passes of a pipeline rank in core's order.
+
+    Args:
+        rank: the pipeline rank.
+        ranks: number of pipeline ranks.
+        chunks: model chunks per rank; more than one are interleaved.
+        micro_batches: number of micro-batches.
 
     Raises:
-        ValueError: the interleaved schedule has no whole groups.
+        ValueError: chunks are interleaved, and the micro-batches are no multiple of the ranks.
     """
     if chunks > 1 and micro_batches % ranks:
         raise ValueError(f"{micro_batches} micro-batches are no multiple of {ranks} pipeline ranks")
@@ -50,9 +57,9 @@ def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> l
 
 
 def _chunk_and_micro_batch(number: int, ranks: int, chunks: int) -> tuple[int, int]:
-    """Return the model chunk and the micro-batch of a rank's pass of that number.
+    """Return the model chunk and the micro-batch of a rank's forward pass `number`, counted from 0.
 
-    Micro-batches come in groups of as many as there are ranks; a group passes through one chunk after the other.
+    A group has as many micro-batches as there are ranks, and passes through one chunk after the other.
     """
     group, within = divmod(number, ranks * chunks)
     chunk, micro_batch = divmod(within, ranks)
@@ -69,11 +76,11 @@ def simulate(
     """Simulate a step over stages in model order (rank r has stages r, r + ranks, ...).
 
     Args:
-        forward_seconds: of each stage's forward pass.
-        backward_seconds: of each stage's backward pass.
+        forward_seconds: seconds of each stage's forward pass.
+        backward_seconds: seconds of each stage's backward pass.
         micro_batches: number of micro-batches.
         ranks: number of pipeline ranks.
-        hop_seconds: to send a micro-batch to the next stage.
+        hop_seconds: seconds to send a micro-batch to the next stage.
 
     Returns:
         (seconds of the step, seconds that each rank computes)
@@ -82,7 +89,7 @@ def simulate(
     hop = hop_seconds if ranks > 1 else 0.0
     orders = [order_of_passes(rank, ranks, chunks, micro_batches) for rank in range(ranks)]
     free, busy, next_pass = [0.0] * ranks, [0.0] * ranks, [0] * ranks
-    # (position on the way up the stages and down again, micro-batch) -> when the pass was done
+    # (index among the micro-batch's passes, forward and then backward; micro-batch) -> seconds at which it ended
     done: dict[tuple[int, int], float] = {}
     while len(done) < 2 * stages * micro_batches:
         before = len(done)
@@ -107,14 +114,14 @@ def simulate(
     return max(free), busy
 
 
-# data-parallel degrees that `empty_shares` covers
+# largest data-parallel degree that `empty_shares` covers
 MOST_DP = 1024
-# smaller shares are not listed one by one
+# `describe_shares` does not list smaller shares one by one
 LEAST_SHOWN = 0.01
 
 
 def run_row_slots(config: Config, dp: int) -> tuple[int, int]:
-    """Return the rows of all steps of the run, and the row slots that the ranks compute for them."""
+    """Return the number of rows in all steps of the run, and of the row slots that the ranks compute for them."""
     row_tokens = config.data.mean_tokens_per_row or config.data.seq_len
     sizes = BatchSizes.of(config.batch, row_tokens)
     end = config.run.steps or sizes.steps_for(config.run.tokens / row_tokens)
@@ -130,9 +137,9 @@ def run_row_slots(config: Config, dp: int) -> tuple[int, int]:
 
 
 def empty_shares(config: Config) -> dict[int, float]:
-    """Return the share of the run's work that is empty row slots.
+    """Return the share of the run's row slots that are empty, by data-parallel degree.
 
-    It is keyed by data-parallel degree, for powers of two up to the rows of a step.
+    Degrees are the powers of two up to the rows of a step, at most MOST_DP.
     """
     most = min(MOST_DP, config.batch.global_batch_rows)
     counts = {2**n: run_row_slots(config, 2**n) for n in range(most.bit_length())}

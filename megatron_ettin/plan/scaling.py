@@ -1,14 +1,13 @@
 """Predict a run's speed, efficiency and goodput on growing numbers of GPUs (`ettin plan --scale`).
 
-Strong scaling keeps the recipe's batch; weak scaling gives each GPU the rows that it has of that batch on AT_GPUS. A
-layout with pipeline stages is simulated pass by pass (pipeline.py).
+Strong scaling keeps the recipe's batch. Weak scaling gives each GPU as many rows as it would have of that batch on
+AT_GPUS GPUs. A layout with pipeline stages is simulated pass by pass (pipeline.py).
 
-Two things grow with the number of GPUs. Collectives take a latency for each rank that they pass (step_time.py knows
-it from the links), and a step waits for the slowest of all ranks, whose expected slowness is that of the largest of n
-draws. A measured curve of weak scaling says how much of each there is, and the weak-scaling column continues it. The
-fit is a least-squares one with a prior of one percent of a step for both at 64 GPUs, because the few points that are
-usually measured cannot tell the two apart. Failures and checkpoints follow Daly 2006 (Future Generation Computer
-Systems 22).
+Two costs grow with the number of GPUs. A collective takes a latency for each rank that it passes (step_time.py
+computes it from the links). A step waits for the slowest rank, whose expected slowness is that of the largest of n
+normal draws. A measured weak-scaling curve gives the size of both, and the weak-scaling column continues it. The
+least-squares fit has a prior of one percent of a step for each at 64 GPUs, because the few points that are usually
+measured cannot separate them. Failures and checkpoints follow Daly 2006 (Future Generation Computer Systems 22).
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from megatron_ettin.plan.search import Planned, nearest_miss, search
 from megatron_ettin.plan.step_time import StepModel
 from megatron_ettin.plan.table import layout_name
 
-# number of GPUs at which the growth's two parts are given, relative to the smallest measured number
+# number of GPUs at which both costs are given, relative to the smallest measured number
 AT_GPUS = 64
-# expected size of each part at AT_GPUS, and the relative error of a measured speed
+# usual size of each cost at AT_GPUS as a share of a step, and the relative error of a measured speed
 PRIOR, NOISE = 0.01, 0.005
 MOST_GPUS = 65_536
 LEAST_GOODPUT = 0.001
-# groups of as many micro-batches as ranks; from then on all groups take equally long
+# simulated groups of as many micro-batches as there are ranks; all later groups take equally long
 SIMULATED_GROUPS = 12
 
 
@@ -48,33 +47,33 @@ class ScalingCurve:
 
     first: int
     latency: float | None = None
-    """Share of a step at AT_GPUS; None: not measured, so that the links' own latencies count."""
+    """Latency at AT_GPUS as a share of a step; None: not measured, so the latencies of the links are used."""
     slowest: float = PRIOR
     """Share of a step at AT_GPUS that is spent waiting for the slowest rank."""
     step_seconds: float | None = None
-    """Seconds of the step that the shares refer to."""
+    """Seconds of the step that the shares refer to; None: the predicted step on `first` GPUs."""
 
     def slowest_at(self, gpus: int) -> float:
-        """Return the share of its arithmetic that a step waits for the slowest rank."""
+        """Return how long a step waits for the slowest of `gpus` ranks, as a share of its arithmetic's seconds."""
         return max(0.0, float(self.slowest * _growth_terms(np.array([gpus]), self.first)[0, 1]))
 
     def latency_seconds(self, ranks: int, step_seconds: float) -> float:
-        """Return the latency of collectives of `ranks` ranks, beyond those of `first`.
+        """Return by how many seconds the latency over `ranks` ranks exceeds that over `first` ranks.
 
         Args:
             ranks: ranks of the collectives.
-            step_seconds: of a step on `first` GPUs, for a curve that has none of its own.
+            step_seconds: seconds of a step on `first` GPUs, used if the curve has none.
         """
         linear = float(_growth_terms(np.array([ranks]), self.first)[0, 0])
         return max(0.0, (self.latency or 0.0) * linear) * (self.step_seconds or step_seconds)
 
     def factor(self, gpus: int) -> float:
-        """Return the seconds of a step over those on `first` GPUs, with as much work for each GPU."""
+        """Return the seconds of a step divided by those on `first` GPUs, at the same work per GPU."""
         return 1 + self.latency_seconds(gpus, 1.0) / (self.step_seconds or 1.0) + self.slowest_at(gpus)
 
 
 def _growth_terms(gpus: plots.Values, first: int) -> plots.Values:
-    """Return both terms at each number of GPUs, [n, 2]: 0 at `first` and 1 at AT_GPUS."""
+    """Return the growth of latency and of the slowest rank [n, 2] at GPU counts [n]: 0 at `first`, 1 at AT_GPUS."""
     linear = (gpus - first) / (AT_GPUS - first)
 
     def largest(n: plots.Values | float) -> Any:
@@ -85,11 +84,11 @@ def _growth_terms(gpus: plots.Values, first: int) -> plots.Values:
 
 
 def fit_curve(speeds: Mapping[int, float], step_seconds: float | None = None) -> ScalingCurve:
-    """Fit a curve to the tokens per second of each GPU by their number.
+    """Fit a curve to measured weak scaling.
 
     Args:
-        speeds: speeds at two numbers of GPUs or more, the smallest below AT_GPUS.
-        step_seconds: of a step on the smallest number.
+        speeds: number of GPUs -> tokens per second of each; two numbers or more, the smallest below AT_GPUS.
+        step_seconds: seconds of a step on the smallest number; None if unknown.
 
     Raises:
         ValueError: the speeds or the seconds cannot be used.
@@ -102,7 +101,7 @@ def fit_curve(speeds: Mapping[int, float], step_seconds: float | None = None) ->
         raise ValueError(f"a curve has two numbers of GPUs or more, the smallest below {AT_GPUS}, and speeds above 0")
     gpus = np.array(sorted(speeds))
     longer = np.array([speeds[first] / speeds[n] for n in gpus.tolist()])
-    # rows: the measurements, weighted by their noise; then the prior, and that nothing becomes faster
+    # rows: the measurements, weighted by their noise; then the prior, which pulls both costs towards 0
     a = np.vstack(
         [np.column_stack([np.ones(len(gpus)), _growth_terms(gpus, first)]) / NOISE, np.diag([0, 1, 1]) / PRIOR]
     )
@@ -123,6 +122,7 @@ class FailureModel:
     checkpoint_seconds: float = 30.0
     """Seconds that training stands still for a checkpoint."""
     restart_seconds: float = 300.0
+    """Seconds from a failure until training continues."""
 
     def mean_seconds(self, gpus: int) -> float:
         """Return the mean seconds between failures of the whole run."""
@@ -139,13 +139,13 @@ def best_interval(failures: FailureModel, gpus: int) -> float:
 
 
 def goodput(failures: FailureModel, gpus: int, interval: float | None = None) -> float:
-    """Return the share of the time whose training is kept (Daly 2006, equation 20), at `interval` or the best one."""
+    """Return the share of time whose training is kept (Daly 2006, equation 20); `interval`: as of `best_interval`."""
     mean, cost = failures.mean_seconds(gpus), failures.checkpoint_seconds
     tau = best_interval(failures, gpus) if interval is None else interval
     try:
         return tau / (mean * math.exp(failures.restart_seconds / mean) * math.expm1((tau + cost) / mean))
     except OverflowError:
-        # it never gets as far as a checkpoint
+        # failures are so frequent that no checkpoint is reached
         return 0.0
 
 
@@ -166,7 +166,7 @@ class ScalingRow:
     phase_days: float
     gpu_hours: float
     cost: float | None = None
-    """Cost of the phase, where a GPU's hour has a price."""
+    """Cost of the phase; None without a price per GPU-hour."""
 
 
 def parse_gpu_counts(text: str) -> list[int]:
@@ -183,7 +183,7 @@ def parse_gpu_counts(text: str) -> list[int]:
 
 
 def read_curve(path: Path) -> ScalingCurve:
-    """Read a curve from a JSON object of numbers of GPUs and the tokens per second of each GPU.
+    """Read a curve from a JSON object of numbers of GPUs -> tokens per second of each GPU.
 
     The object may also have the `step_seconds` of the smallest number.
 
@@ -211,17 +211,17 @@ def scaling_rows(
 
     Args:
         config: the run.
-        model: what predicts a step.
-        numbers: of GPUs, rising.
-        growth: how steps grow with the number of GPUs.
-        failures: what interrupts the run.
-        given: keys that keep their values, also default ones.
+        model: predicts the seconds of a step.
+        numbers: numbers of GPUs, rising.
+        growth: growth of a step's seconds with the number of GPUs.
+        failures: rate of failures, and the cost of checkpoints and restarts.
+        given: keys that the search may not change, even if they have their defaults.
 
     Raises:
         UserError: no number has a valid layout, or failures leave nothing of the run.
     """
     if growth.latency is not None:
-        # with the links' own latencies the measured one would count twice
+        # the measured latency includes that of the links, which would count twice
         model = dataclasses.replace(model, gpu=dataclasses.replace(model.gpu, link_us=0.0, network_us=0.0))
     rows_a_gpu = max(1, config.batch.global_batch_rows // AT_GPUS)
     lacking: list[str] = []
@@ -277,13 +277,13 @@ def _step_tokens(one: Planned) -> float:
 
 
 def step_seconds(one: Planned, model: StepModel, growth: ScalingCurve, first_seconds: float) -> float:
-    """Return the seconds of a step of a layout, the wait for the slowest rank included.
+    """Return the seconds of a step of a layout, including the wait for the slowest rank.
 
     Args:
         one: the layout.
-        model: what predicted it.
-        growth: how steps grow with the number of GPUs.
-        first_seconds: of a step on the curve's first number of GPUs.
+        model: the model that predicted it.
+        growth: growth of a step's seconds with the number of GPUs.
+        first_seconds: seconds of a step on the curve's first number of GPUs.
     """
     parallel, count = one.config.parallel, micro_batches(one.config, one.dp)
     slower = 1 + growth.slowest_at(one.gpus)
@@ -301,9 +301,16 @@ def step_seconds(one: Planned, model: StepModel, growth: ScalingCurve, first_sec
 
 
 def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute: bool, hop: float) -> float:
-    """Simulate the passes of `count` micro-batches over `stages`.
+    """Return the seconds of `count` micro-batches in a pipeline.
 
-    Only the first few micro-batches are simulated: those after them take what their busiest rank does.
+    Only the first few micro-batches are simulated. Each later one takes as long as the busiest rank computes for it.
+
+    Args:
+        stages: seconds of forward and backward of one micro-batch on each stage, in model order.
+        count: number of micro-batches.
+        ranks: number of pipeline ranks.
+        recompute: whether backward computes the forward pass again.
+        hop: seconds to send a micro-batch to the next stage.
     """
     few = min(count, SIMULATED_GROUPS * ranks + count % ranks)
     forward = 1 / 4 if recompute else 1 / 3
@@ -314,7 +321,7 @@ def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute
 
 
 def table(rows: Sequence[ScalingRow]) -> str:
-    """Return the rows as a table."""
+    """Return the rows as a table of text."""
     lines = [
         "  GPUs  layout                  tokens/s/GPU  strong    weak   step, s  goodput  checkpoint  phase, days"
         f"  GPU-hours{'        cost' * (rows[0].cost is not None)}"

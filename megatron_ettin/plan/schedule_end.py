@@ -15,27 +15,28 @@ from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.optim.schedule import decayed, lr_fraction
 
-# a batch warm-up in proportion to an end that depends on it converges after a few rounds
+# most rounds of `fit_schedule`: the run's end and the batch warm-up depend on each other, and converge in a few rounds
 FIXED_POINT = 20
 
 
 def expected_row_tokens(data: DataConfig) -> float:
-    """Return the mean tokens of a row as far as they are known without a packing index.
+    """Return the expected mean tokens of a row, without opening a packing index.
 
-    Padded rows have those of the datasets' chunks, packed ones the whole row.
+    These are `data.mean_tokens_per_row` if set. Otherwise padded rows have the mean length of the datasets' chunks;
+    packed rows, and rows of datasets that cannot be read, count as full.
     """
     if data.mean_tokens_per_row is not None or data.batching == "packed" or data.mixture is None:
         return data.mean_tokens_per_row or float(data.seq_len)
     try:
         manifests = [read_manifest(Path(entry.path)) for entry in parse_mixture(data.mixture, data.root)]
     except UserError:
-        # whoever opens the data reports it
+        # the error is reported when the data are opened
         return float(data.seq_len)
     return min(sum(one.tokens for one in manifests) / max(sum(one.chunks for one in manifests), 1), data.seq_len)
 
 
 def end_tokens(config: Config, row_tokens: float) -> int:
-    """Return the tokens after which a run with rows of that mean length ends, by its tokens or by its steps."""
+    """Return the tokens at which a run with rows of `row_tokens` on average ends, by `run.tokens` or `run.steps`."""
     if config.run.steps is None:
         return config.run.tokens
     rows = BatchSizes.of(config.batch, row_tokens).rows_before(config.run.steps)
@@ -43,11 +44,11 @@ def end_tokens(config: Config, row_tokens: float) -> int:
 
 
 def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Config:
-    """Return the run with its schedule in proportion to its steps, where they end before `run.tokens`.
+    """Return the run with its schedule scaled to its steps, if these end before `run.tokens`; else unchanged.
 
     Args:
-        config: as `parse` has it, with a schedule that spans `run.tokens`.
-        free: which of `SPAN` follow; a `schedule.end_tokens` that is set is the span itself.
+        config: configuration from `parse`, whose schedule spans `run.tokens`.
+        free: keys of `SPAN` that may be scaled. Nothing is scaled without `schedule.end_tokens`, or if that is set.
         row_tokens: mean tokens of a row.
     """
     if config.schedule.end_tokens is not None or "schedule.end_tokens" not in free:
@@ -64,7 +65,7 @@ def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Co
 
 
 def _spanning(config: Config, free: Collection[str], end: int) -> Config:
-    """Return the run with the free keys of its schedule in the proportions that they have to `run.tokens`."""
+    """Return the run with the free keys of its schedule scaled by `end` / `run.tokens`."""
     shares = {key: config.value(key) * end // config.run.tokens for key in SPAN[:-1] if key in free}
     fitted = config.with_keys(shares)
     schedule = fitted.schedule
@@ -80,7 +81,10 @@ def decays(schedule: ScheduleConfig) -> bool:
 
 
 def free_by_value(config: Config) -> frozenset[str]:
-    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run known only by its result."""
+    """Return the keys of `SPAN` that have the recipe's value, scaled to `run.tokens`.
+
+    Only the resolved configuration is needed, not the overrides that led to it.
+    """
     run, schedule = config.run, config.schedule
     base = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     keys = ["schedule.end_tokens"] if schedule.end_tokens is None else []
@@ -89,12 +93,12 @@ def free_by_value(config: Config) -> frozenset[str]:
 
 
 def lr_at_end(config: Config, row_tokens: float) -> float:
-    """Return the learning rate at the end of a run with rows of that mean length."""
+    """Return the learning rate at the end of a run with rows of `row_tokens` tokens on average."""
     return config.optim.lr * lr_fraction(end_tokens(config, row_tokens), config.schedule, config.run.tokens)
 
 
 def describe_end(config: Config, row_tokens: float) -> str:
-    """Return the line about how far the run comes in its schedule, and at which learning rate it ends."""
+    """Return a line on how far the run gets in its schedule, and on the learning rate at its end."""
     schedule, end = config.schedule, end_tokens(config, row_tokens)
     about = "about " if config.run.steps is not None and end < config.run.tokens else ""
     parts = []
@@ -116,12 +120,12 @@ def describe_end(config: Config, row_tokens: float) -> str:
 
 
 def describe_fit(config: Config, fitted: Config, row_tokens: float) -> str | None:
-    """Return the line that says what `run.steps` changed in the schedule; None where nothing was.
+    """Return a line on what `run.steps` changed in the schedule; None if it changed nothing.
 
     Args:
-        config: as `parse` has it.
-        fitted: as `fit_schedule` returned it.
-        row_tokens: mean tokens of a row that it was given; the run takes the mean of its data.
+        config: configuration from `parse`.
+        fitted: configuration from `fit_schedule`.
+        row_tokens: mean tokens of a row that `fit_schedule` was given.
     """
     if fitted == config:
         return None

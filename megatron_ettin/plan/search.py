@@ -1,4 +1,4 @@
-"""Search the layouts of a number of GPUs: how fast each valid one is, what it holds, why others are invalid."""
+"""Search the layouts of a number of GPUs: time and memory of the valid ones, reasons against the others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.memory import Memory, estimate
 from megatron_ettin.plan.step_time import StepModel, StepTime, operations_per_token
 
-# the rest is the driver's, NCCL's and the allocator's gaps
+# share of a GPU's memory; the driver, NCCL and gaps of the allocator need the rest
 USABLE_MEMORY = 0.92
-# context parallelism is tried from here on
+# context parallelism is tried for rows of so many tokens or more
 LONG_ROWS = 4096
 MOST_STAGES, CHUNKS = 16, (1, 2, 4, 7)
-# tried even where they do not divide the GPUs, so that the reason is reported
+# pipeline degrees that are tried even if they do not divide the GPUs, so that the reason is reported
 STAGES = (1, 2, 4, 7, 8, 14, MOST_STAGES)
 
 
@@ -46,7 +46,7 @@ class Planned:
     gpus: int
     """Number of GPUs."""
     gpu: GpuSpec
-    """Their model."""
+    """Model of the GPUs."""
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -90,14 +90,14 @@ def search(
 ) -> tuple[list[Planned], list[RejectedLayout]]:
     """Return the valid layouts, fastest first, and the others with their reasons.
 
-    For each combination of degrees the best micro-batch is kept. Recomputation is tried only where the run does not
-    fit without.
+    For each combination of degrees the fastest micro-batch is kept. Full recomputation is tried only for degrees at
+    which nothing else is valid.
 
     Args:
         config: the run.
         gpus: number of GPUs.
-        model: what predicts a step on these GPUs.
-        given: keys that keep their values, also default ones.
+        model: predicts the seconds of a step on these GPUs.
+        given: keys that keep their values, even if these are the defaults.
     """
     valid, rejected = [], []
     open_recompute = config.parallel.recompute == "none" and "parallel.recompute" not in given
@@ -111,8 +111,8 @@ def search(
         for recompute in ("none", "full") if open_recompute else (config.parallel.recompute,):
             for rows in sizes:
                 try:
-                    one = apply_layout(config, degrees, rows, recompute, model.node, given)
-                    options.append(predict_layout(one, gpus, model))
+                    candidate = apply_layout(config, degrees, rows, recompute, model.node, given)
+                    options.append(predict_layout(candidate, gpus, model))
                 except UserError as error:
                     reasons.append(str(error))
             if options:
@@ -130,13 +130,13 @@ def search(
 
 
 def nearest_reason(reasons: list[str]) -> str:
-    """Return the reason that lacks least: the last about memory, which has the smallest micro-batch, else the first."""
+    """Return the reason of the option nearest to valid: the last about memory (least rows), else the first."""
     lacking = [reason for reason in reasons if reason.startswith("does not fit")]
     return lacking[-1] if lacking else reasons[0]
 
 
 def candidate_degrees(config: Config, gpus: int, node: int, given: Set[str] = frozenset()) -> Iterator[dict[str, int]]:
-    """Yield the degrees to try: those that the configuration sets, else what the shape allows."""
+    """Yield the degrees to try, by axis: those that are set or `given`, else all that suit the model and the hosts."""
     own = config.parallel
     is_open = {axis: getattr(own, axis) == 1 and f"parallel.{axis}" not in given for axis in ("tp", "cp", "pp", "vpp")}
     degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
@@ -153,7 +153,7 @@ def candidate_degrees(config: Config, gpus: int, node: int, given: Set[str] = fr
 
 
 def micro_batch_sizes(batch: BatchConfig, dp: int) -> list[int]:
-    """Return the micro-batches that divide a rank's rows evenly, largest first, up to twice the recipe's."""
+    """Return the least rows of a micro-batch for each number of them, falling, up to twice `batch.micro_batch_rows`."""
     share = -(-batch.global_batch_rows // dp)
     sizes = {-(-share // count) for count in range(1, share + 1)}
     return sorted((size for size in sizes if size <= 2 * batch.micro_batch_rows), reverse=True)
@@ -162,7 +162,19 @@ def micro_batch_sizes(batch: BatchConfig, dp: int) -> list[int]:
 def apply_layout(
     config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]
 ) -> Config:
-    """Return the configuration in a layout, with usual values for keys that are not `given`. Raises UserError."""
+    """Return the configuration in a layout.
+
+    Args:
+        config: the run.
+        degrees: axis -> degree.
+        rows: rows of a micro-batch.
+        recompute: value of `parallel.recompute`.
+        node: GPUs per host.
+        given: keys that keep their values; other keys of `parallel` get usual ones.
+
+    Raises:
+        UserError: tensor parallelism would span hosts.
+    """
     if degrees["tp"] > node:
         raise UserError(
             f"tp {degrees['tp']} would span hosts of {node} GPUs, so that every layer communicates over the network"
@@ -181,8 +193,8 @@ def efficiency(best: Planned, config: Config, model: StepModel, given: Set[str])
     """Compare the best layout's speed per GPU with that of the best layout on one host.
 
     Returns:
-        (GPUs of one host, share of their speed), or None if the run has no more GPUs than that or no layout fits on
-            them.
+        (GPUs of one host, the best layout's speed per GPU as a share of theirs), or None if the run has no more GPUs
+            than one host, or no layout fits on one.
     """
     if best.gpus <= model.node:
         return None
@@ -208,14 +220,14 @@ def predict_layout(config: Config, gpus: int, model: StepModel) -> Planned:
 
 
 def nearest_miss(rejected: list[RejectedLayout]) -> str:
-    """Describe the layout that lacks least: by memory, which says which limit to relax, else the first."""
-    short = [one for one in rejected if one.reason.startswith("does not fit")]
-    best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
+    """Describe the rejected layout nearest to valid: the one that lacks least memory, else the first."""
+    too_large = [layout for layout in rejected if layout.reason.startswith("does not fit")]
+    best = min(too_large, key=lambda layout: float(layout.reason.split()[3])) if too_large else rejected[0]
     return f"{best.layout}: {best.reason}"
 
 
 def limit_to_relax(reason: str, parallel: ParallelConfig, gpus: int) -> str:
-    """Return what to change so that the nearest layout becomes valid, as the end of a message."""
+    """Return the end of a message that names the limits to relax; an empty text if the reason is another."""
     degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
     given = ", ".join(f"parallel.{axis}={size}" for axis, size in degrees.items() if size > 1)
     ranks = parallel.tp * parallel.pp * parallel.cp

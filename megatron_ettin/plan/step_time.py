@@ -1,11 +1,11 @@
 """Predict a step's seconds by part: arithmetic, memory traffic and communication of the busiest rank.
 
-A part's seconds are what it moves or computes over the rate of its device or link, times a constant. Four constants
-are fitted to measured runs (calibration.py): operations at the peak, a cost per token and layer, traffic of
-element-wise work, a cost per micro-batch. Communication is that of rings (each rank sends 2 (n-1)/n of what is
-all-reduced, (n-1)/n of what is gathered or scattered) at the links' rates, with a latency for each rank passed. Only
-what `parallel.overlap` hides counts as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble,
-(2205.05198) for sequence parallelism.
+A part's seconds are its operations or bytes, divided by the rate of the device or link, times a constant. Four
+constants are fitted to measured runs (calibration.py): operations at the peak, a cost per token and layer, traffic of
+element-wise work, a cost per micro-batch. Communication goes over rings at the links' rates, with a latency for each
+rank passed; each rank sends 2 (n-1)/n of the bytes of an all-reduce, (n-1)/n of those of a gather or scatter. Only
+communication that `parallel.overlap` hides counts as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the
+pipeline's bubble, (2205.05198) for sequence parallelism.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from megatron_ettin.plan.memory import (
 
 # bytes that a weight's update moves: gradient and fp32 master, two moments, cleared gradient, 16-bit weight
 UPDATE_BYTES = 50
-# how much faster products are in FP8 than in bf16 at these widths; nanochat 1.17 over a whole step, Mosaic 1.10 to 1.35
+# speed of FP8 matrix products over bf16 ones at these widths; nanochat: 1.17 over a whole step, Mosaic: 1.10 to 1.35
 FP8_SPEEDUP = {"fp8-delayed": 1.25, "fp8-current": 1.25, "fp8-blockwise": 1.15, "mxfp8": 1.25}
-# bandwidth of the GPU of `token_layer_seconds`; others scale by their memory's bandwidth
+# memory bandwidth of an H100, which `token_layer_seconds` refers to; other GPUs are scaled by theirs
 REFERENCE_BANDWIDTH = 3.35e12
-# mean of the recipe's pretraining mixture
+# mean tokens of a chunk in the recipe's pre-training mixture
 PUBLISHED_CHUNK_TOKENS = 615.4
 # share of a link's rate that a ring reaches
 LINK_SHARE = 0.8
@@ -51,15 +51,15 @@ class Constants:
     """Constants of the step model."""
 
     operations: float
-    """Seconds over seconds at the peak (2: half of the peak)."""
+    """Seconds of arithmetic over those at the GPU's peak (2: half of the peak)."""
     token_layer_seconds: float
     """Seconds of each token in each layer, whatever its width, on an H100."""
     traffic: float = 0.0
-    """Seconds of element-wise bytes over those at the memory's peak rate."""
+    """Seconds of element-wise memory traffic over those at the memory's peak rate."""
     step_seconds: float = 0.005
-    """Seconds of each step."""
+    """Fixed seconds of each step."""
     micro_batch_seconds: float = 0.0
-    """Seconds of each micro-batch, whatever its size, shared by pipeline stages as layers are."""
+    """Fixed seconds of each micro-batch over the whole model; a pipeline stage takes the share of its layers."""
 
     def seconds(self, work: StepWork) -> float:
         """Return the seconds of forward and backward passes."""
@@ -71,7 +71,7 @@ class Constants:
         )
 
 
-# fitted to the original's six published runs on four H100, `calibration.PUBLISHED_RUNS`, and within 3 % of each of them
+# fitted to the original's six published runs on four H100, `calibration.PUBLISHED_RUNS`, and within 3 % of each
 PUBLISHED = Constants(operations=1.773, token_layer_seconds=26.58e-9, micro_batch_seconds=66.1e-3)
 
 
@@ -79,9 +79,13 @@ class StepWork(NamedTuple):
     """Amounts of one step's work on one rank, which the constants multiply."""
 
     operations: float
+    """Seconds of the arithmetic at the GPU's bf16 peak; FP8 products count as shorter."""
     traffic: float
+    """Seconds of the element-wise traffic at the memory's peak rate."""
     token_layers: float
+    """Tokens x layers, scaled to the memory bandwidth of an H100."""
     micro_batches: float
+    """Micro-batches x the share of the layers that the rank holds."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +114,20 @@ def usual_chunk_tokens(config: Config) -> float:
 
 
 def computed_row_tokens(config: Config) -> float:
-    """Return the tokens of a row that are computed: padding is not, where it can be left out."""
+    """Return the mean tokens of a row that are computed; padding is left out unless shapes are fixed."""
     if config.data.batching == "padded" and not has_fixed_shapes(config):
         return config.data.mean_tokens_per_row or float(config.data.seq_len)
     return float(config.data.seq_len)
 
 
 def operations_per_token(config: Config, chunk_tokens: float) -> float:
-    """Return the operations of forward and backward per token, for rows of chunks of that length."""
+    """Return the operations of forward and backward per token, for chunks of `chunk_tokens` tokens."""
     return mean_flops_per_token(config.with_keys({"data.seq_len": max(1, round(chunk_tokens))}))
 
 
 @dataclass(frozen=True)
 class StepModel:
-    """Predict steps on hosts of GPUs. Ranks of tp are adjacent, then cp, dp, pp."""
+    """Model of a step's seconds on hosts of GPUs. Ranks are ordered by tp (adjacent), then cp, dp and pp."""
 
     gpu: GpuSpec
     node: int
@@ -150,15 +154,15 @@ class StepModel:
         )
 
     def stage_work(self, config: Config, dp: int) -> list[StepWork]:
-        """Return the work of one rank's micro-batches on each pipeline stage, in model order."""
+        """Return the work of a data-parallel rank's micro-batches on each pipeline stage, in model order."""
         model, parallel = config.model, config.parallel
         split = full_batch_split(config, dp)
         tokens = split.capacity / dp * computed_row_tokens(config) / parallel.cp
         operations = operations_per_token(config, self.chunk_tokens)
         linear = 6 * model.num_layers * layer_parameter_count(model)
-        again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
+        recomputed = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
         speedup = FP8_SPEEDUP.get(config.precision.name, 1.0)
-        a_token = (operations - linear + linear / speedup) * again / parallel.tp
+        per_token = (operations - linear + linear / speedup) * recomputed / parallel.tp
         # fp32 runs at half of the rate and moves twice the bytes
         wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
         shards = sequence_parallel_degree(parallel)
@@ -169,7 +173,7 @@ class StepModel:
             begin += layers
             works.append(
                 StepWork(
-                    operations=a_token * share * tokens * wide / self.gpu.flops,
+                    operations=per_token * share * tokens * wide / self.gpu.flops,
                     traffic=layers * moved * tokens / self.gpu.bytes_per_second,
                     token_layers=layers * tokens * REFERENCE_BANDWIDTH / self.gpu.bytes_per_second / parallel.tp,
                     micro_batches=split.count * layers / model.num_layers,
@@ -178,21 +182,21 @@ class StepModel:
         return works
 
     def busiest_rank_work(self, config: Config, dp: int) -> StepWork:
-        """Return the work of one rank's micro-batches on the pipeline rank that is busiest by the constants."""
+        """Return the work of a data-parallel rank's micro-batches on the pipeline rank that needs most seconds."""
         stages, pp = self.stage_work(config, dp), config.parallel.pp
         ranks = [StepWork(*map(sum, zip(*stages[rank::pp]))) for rank in range(pp)]
         return max(ranks, key=self.constants.seconds)
 
     def communication(self, config: Config, dp: int) -> tuple[float, float, float]:
-        """Return the seconds per step of tensor, context and pipeline parallelism."""
+        """Return the communication seconds per step of tensor, context and pipeline parallelism."""
         parallel, count = config.parallel, micro_batches(config, dp)
         hidden = hidden_bytes(config)
         passes = max(tensor_passes(config, rank) for rank in {0, parallel.pp - 1})
-        # an all-reduce goes around twice
+        # an all-reduce goes around the ring twice
         each = 1 if parallel.sequence_parallel else 2
         tp = count * passes * each * self.ring(hidden, parallel.tp, 1)
         layers = config.model.num_layers / parallel.pp
-        # q, k, v and the output change hands, forward and backward
+        # q, k, v and the output are exchanged, forward and backward
         cp = count * layers * 8 * self.ring(hidden / parallel.tp, parallel.cp, parallel.tp)
         pp = (count * (parallel.vpp - 1) + parallel.pp - 1) * 2 * self.hop_seconds(config, dp)
         if parallel.pp > 1:
@@ -211,10 +215,10 @@ class StepModel:
         return hop_bytes(config) / rate + self.gpu.ring_latency(2, stride, self.node)
 
     def data_parallel(self, config: Config, dp: int, micro_batch_seconds: float) -> float:
-        """Return the seconds per step to reduce gradients and to gather weights that are not hidden.
+        """Return the seconds per step of reducing gradients and gathering weights that no computation hides.
 
-        With `parallel.overlap` concurrent passes hide all but the last bucket of gradients and the first of weights, if
-        there is time.
+        With `parallel.overlap`, concurrent passes hide all but the last bucket of gradients and the first of weights,
+        if they take long enough. `micro_batch_seconds`: forward and backward of one micro-batch.
         """
         parallel, ranks = config.parallel, dp * config.parallel.cp
         pieces = buckets(config, dp)
@@ -223,26 +227,26 @@ class StepModel:
         reduced = self.ring(reduced_bytes, ranks, parallel.tp, pieces)
         gathered = self.ring(gathered_bytes if sharded else reduced_bytes, ranks, parallel.tp, pieces)
         if not sharded and ranks > 1:
-            # one all-reduce, for which there are trees
+            # the two are one all-reduce, whose latency can be that of a tree
             ring = self.gpu.ring_latency(ranks, parallel.tp, self.node)
             tree = self.gpu.reduce_latency(ranks, parallel.tp, self.node)
             reduced, gathered = reduced - pieces * (ring - tree), gathered - pieces * ring
         if not parallel.overlap:
             return reduced + gathered
         hideable = 1 - 1 / pieces
-        # a model chunk's last backward passes, of a group of micro-batches, come while others' gradients are reduced
+        # with several model chunks, the backward passes of a group of micro-batches run while gradients are reduced
         passes = parallel.pp if parallel.vpp > 1 else 1
         seconds = 2 / 3 * micro_batch_seconds * passes
         if not sharded:
             return reduced + gathered - min(seconds, hideable * (reduced + gathered))
         hidden = min(seconds, hideable * reduced)
         if parallel.pp == 1:
-            # with stages weights are gathered at the step's end
+            # with pipeline stages, weights are gathered at the end of the step
             hidden += min(seconds / 2, hideable * gathered)
         return reduced + gathered - hidden
 
     def ring(self, bytes_: float, ranks: int, stride: int, pieces: int = 1) -> float:
-        """Return the seconds to gather or scatter `bytes_` in pieces over a ring of every `stride`-th GPU."""
+        """Return the seconds to gather or scatter `bytes_`, in pieces, over `ranks` GPUs that are `stride` apart."""
         if ranks == 1:
             return 0.0
         rate = self.gpu.ring_rate(ranks, stride, self.node) * LINK_SHARE
@@ -255,10 +259,10 @@ class StepModel:
 
 
 def buckets(config: Config, dp: int) -> int:
-    """Return the number of pieces in which core reduces the first stage's gradients.
+    """Return the number of buckets in which core reduces a rank's gradients.
 
-    That is one without overlap. Else the first model chunk has buckets of 40 million weights, or of so many that each
-    rank's share is a million, and each of the others has one.
+    Without overlap there is one. Otherwise the first model chunk has buckets of 40 million weights, or of a million
+    per data-parallel rank if that is more, and each other chunk has one bucket.
     """
     if not config.parallel.overlap:
         return 1
@@ -267,12 +271,12 @@ def buckets(config: Config, dp: int) -> int:
 
 
 def mean_rank_weights(config: Config) -> float:
-    """Return the weights of a rank, averaged over the pipeline stages."""
+    """Return the number of weights of a rank, averaged over the pipeline ranks."""
     return parameter_count(config.model, config.model.vocab_size) / (config.parallel.tp * config.parallel.pp)
 
 
 def hidden_bytes(config: Config) -> int:
-    """Return the bytes of a micro-batch's hidden states on one context rank."""
+    """Return the bytes of a micro-batch's hidden states on one context-parallel rank."""
     return micro_batch_tokens(config) * config.model.hidden_size * element_bytes(config.precision)
 
 
@@ -282,7 +286,7 @@ def hop_bytes(config: Config) -> float:
 
 
 def tensor_passes(config: Config, pp_rank: int) -> int:
-    """Return how often hidden states are gathered, scattered or all-reduced for a micro-batch.
+    """Return how often tensor parallelism gathers, scatters or all-reduces hidden states for a micro-batch.
 
     With sequence parallelism a layer gathers twice and scatters twice each way, and gathers its two inputs once more
     for the weights' gradients. Without, it all-reduces twice each way.
@@ -305,7 +309,7 @@ def gradient_bytes(precision: PrecisionConfig) -> int:
 
 
 def data_bytes(config: Config, pp_rank: int) -> tuple[int, int]:
-    """Return the bytes of gradients that are reduced and of weights that are gathered.
+    """Return the bytes of gradients that a pipeline rank reduces, and of weights that it gathers.
 
     Without the distributed optimizer nothing is gathered.
     """

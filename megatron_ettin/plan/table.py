@@ -16,13 +16,13 @@ from megatron_ettin.plan.search import Planned, RejectedLayout
 
 SECONDS_A_DAY = 86_400
 SHOWN_REASONS = 5
-# share of the speed of one host below which a plan warns
+# a plan warns if a GPU's speed is below this share of that on one host
 LEAST_EFFICIENCY = 0.5
 SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
 def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
-    """Return the days, the GPU-hours and, if there is a price per GPU-hour, the cost of the whole phase.
+    """Return tokens, days, gpu_hours and, if `price` per GPU-hour is given, cost of the whole phase.
 
     An empty row slot in a smaller step of a batch warm-up costs as much as a row.
     """
@@ -60,7 +60,7 @@ def print_plan(
     errors: list[dict[str, Any]],
     compared: tuple[int, float] | None,
 ) -> None:
-    """Print the fastest layouts, and of the best one the memory, the cost and the YAML.
+    """Print the fastest layouts, then memory, cost and YAML of the best one.
 
     Args:
         layouts: the valid layouts, fastest first.
@@ -68,7 +68,7 @@ def print_plan(
         top: number of layouts to print.
         price: price of a GPU-hour; None prints no cost.
         errors: errors of the step model, one for each run that it was calibrated with.
-        compared: number of GPUs of one host, and the best layout's speed per GPU as a share of that host's.
+        compared: number of GPUs of one host, and the best layout's speed per GPU as a share of that host's; or None.
     """
     console, best = Console(soft_wrap=True, highlight=False, width=160), layouts[0]
     gpu = best.gpu
