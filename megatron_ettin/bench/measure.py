@@ -1,12 +1,12 @@
 """Time training steps of a run as `ettin train` does them: the same setup, loader and step, with nothing written.
 
-After warm-up steps come the steps whose seconds count. Then two steps run with timers in them for the phases of a
-step; they do not count, because timers cost a little themselves. Where no device counts its allocations, one more
+Warm-up steps come first, then the steps whose seconds count. Two more steps run with timers for the phases of a step.
+They do not count, because the timers take time themselves. On a CPU, which does not count its allocations, one more
 step follows whose tensors are counted.
 
-The phases are those that core's schedules and reductions report to their `timers`, two of ours, and communication by
-axis, which is subtracted from the phase in which it happens. On a GPU phases are timed by events on its stream (for
-communication: how long the stream waits for it), on a CPU by the clock.
+The phases are forward and backward, which core's schedules report to their `timers`, data, optimizer, and communication
+by axis. Communication is subtracted from the phase in which it happens. On a GPU phases are timed by events on its
+stream (for communication: how long the stream waits for it), on a CPU by the clock.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def measure(
 
     Args:
         config: the run.
-        dataset: its rows.
+        dataset: the run's rows.
         env: this process among the ranks.
-        platform: its device.
+        platform: this rank's device.
         warm_up: steps that are not counted.
         steps: steps after them, which are counted.
 
@@ -61,7 +61,7 @@ def measure(
         train_state = setup_training(config, platform, env.world)
         return measure_steps(train_state, dataset, warm_up, warm_up + steps)
     except BaseException as error:
-        # its frames hold the groups, and the other ranks wait in them
+        # the frames of the traceback keep the groups alive, in which the other ranks wait
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -73,7 +73,10 @@ def measure(
 
 
 def measure_steps(train_state: TrainState, dataset: Any, warm_up: int, timed_from: int) -> dict[str, Any]:
-    """Measure a run that is set up: by the steps from `warm_up` to `timed_from`, then the phases of a few more."""
+    """Measure a run that is set up and return the figures, equal on every rank (collective).
+
+    Steps [warm_up, timed_from) are timed; the phases are those of the steps after them.
+    """
     platform, config = train_state.platform, train_state.config
     batches = Batches.of(config, dataset, train_state.layout, platform.device)
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
@@ -93,7 +96,7 @@ def measure_steps(train_state: TrainState, dataset: Any, warm_up: int, timed_fro
 
 
 def step_once(train_state: TrainState, batches: Batches, step: int) -> StepResult:
-    """Run one step (from 0) as `ettin train` does: the detector decides whether the update waits for the figures."""
+    """Run step `step`, counted from 0, as `ettin train` does, with its anomaly detector."""
     train_state.progress = Progress(step)
     return train_step(train_state, batches, train_state.config.optim.lr, train_state.detector)
 
@@ -102,7 +105,7 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
     """Time the phases of a step on this rank.
 
     Returns:
-        (seconds of each phase and of what they leave over, bytes that the rank gives to each axis's groups)
+        (seconds of each phase, with the rest of a step as `other`; bytes that the rank passes to each axis's groups)
     """
     timers, volumes = PhaseTimers(train_state.platform), CommVolumeTracker(axes_of_groups())
     settings = train_state.model_chunks[0].config
@@ -143,7 +146,15 @@ def summarize(
     sent: dict[str, float],
     tensor_bytes: int,
 ) -> dict[str, Any]:
-    """Combine the figures of the steps over all ranks."""
+    """Combine the figures of all ranks (collective).
+
+    Args:
+        train_state: the run.
+        results: results of the timed steps.
+        phases: seconds of each phase on this rank.
+        sent: bytes that this rank passes to each axis's groups.
+        tensor_bytes: peak bytes of this rank's tensors.
+    """
     world, platform = train_state.layout.topology.world, train_state.platform
     speeds = [result.step_tokens / result.seconds for result in results]
     rates = [result.flops / result.seconds / world for result in results]
@@ -155,7 +166,7 @@ def summarize(
     # the same names in the same order on every rank
     parts = {**{COMMUNICATION + axis: 0.0 for axis in axes}, **phases}
     names = sorted(parts)
-    # every rank's slot in a sum over all
+    # one slot per rank, 1 in that of this rank: the sum over ranks has every rank's value in its slot
     own = [float(rank == train_state.layout.rank) for rank in range(world)]
     memory = [one * part for part in (platform.peak_memory_bytes(), tensor_bytes) for one in own]
     bytes_ = [sent.get(axis, 0.0) for axis in axes]
@@ -183,7 +194,7 @@ def summarize(
     }
 
 
-# core's names -> ours; phases inside another one are not listed
+# core's names of timers -> phases; timers inside these are not listed
 PHASES = {"forward-compute": "forward", "backward-compute": "backward"}
 COMMUNICATION = "communication "
 
@@ -193,7 +204,7 @@ class PhaseTimers:
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
-        # (phase, the phase it is inside of, begin, end)
+        # (phase, enclosing phase or None, begin, end)
         self.spans: list[tuple[str, str | None, Any, Any]] = []
         self.open: list[tuple[str, Any]] = []
 
@@ -224,7 +235,7 @@ class PhaseTimers:
                 return
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of every phase, after waiting for the device."""
+        """Wait for the device and return the seconds of every phase, without the phases inside it."""
         self.platform.synchronize()
         sums = dict.fromkeys((*PHASES.values(), "data", "optimizer"), 0.0)
         for phase, inside, begin, end in self.spans:
@@ -236,7 +247,7 @@ class PhaseTimers:
 
 
 class PhaseTimer:
-    """Timer of one phase; phases of core that are none of ours are not timed."""
+    """Timer of one phase; does nothing for names that PHASES lacks."""
 
     def __init__(self, owner: PhaseTimers, name: str) -> None:
         self.owner, self.phase = owner, PHASES.get(name)

@@ -15,7 +15,7 @@ SortKey = list[tuple[float, str]]
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Return a PNG of the measurements that were made, of which there is at least one."""
+    """Return a PNG of the rows whose state is `done`; there must be at least one."""
     done = sorted((row for row in rows if row["state"] == DONE), key=lambda row: row["tokens_per_second_per_gpu"])
     keys = swept_keys(done)
     sides = heat_sides(keys)
@@ -38,7 +38,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def label(values: dict[str, str], keys: Sequence[str]) -> str:
-    """Return what sets a measurement apart, in short: `tp 2 pp 2, precision bf16, micro_batch_rows 4`."""
+    """Return the values of `keys` as a short label: `tp 2 pp 2, precision bf16, micro_batch_rows 4`."""
     parts = []
     if any(key in LAYOUT for key in keys):
         degrees = [(key.partition(".")[2], values.get(key, "1")) for key in LAYOUT[:4] if key in keys]
@@ -51,7 +51,7 @@ def label(values: dict[str, str], keys: Sequence[str]) -> str:
 
 
 def overrides(row: dict[str, Any]) -> dict[str, str]:
-    """Return what may be swept: size, objective and overrides, the last one of a key that is given twice."""
+    """Return the size, objective and overrides of a result, by key; of a key that is given twice, the last value."""
     given = dict(word.split("=", 1) for word in row["words"])
     return {"size": row["size"], "objective": row["objective"], **given}
 
@@ -68,8 +68,8 @@ def swept_keys(rows: Sequence[dict[str, Any]]) -> list[str]:
 def heat_sides(keys: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """Split keys into those of the rows and those of the columns of the heat map.
 
-    Layouts stand against all other keys; without layouts, or with nothing else, the first key against the rest. Fewer
-    than two keys have no heat map.
+    Rows are the keys of the layout, columns all other keys. If one side would be empty, rows are the first key and
+    columns the rest. Return None for fewer than two keys.
     """
     if len(keys) < 2:
         return None
@@ -82,7 +82,7 @@ def heat_sides(keys: Sequence[str]) -> tuple[list[str], list[str]] | None:
 def best_mfu(
     rows: Sequence[dict[str, Any]], down: list[str], across: list[str]
 ) -> tuple[list[str], list[str], np.ndarray]:
-    """Return the names of rows and columns, and the best MFU at each combination, NaN where there is none."""
+    """Return the names of rows and columns, and the best MFU of each combination [rows, columns], NaN if unmeasured."""
     best: dict[tuple[str, str], float] = {}
     lines: dict[str, SortKey] = {}
     columns: dict[str, SortKey] = {}

@@ -34,7 +34,7 @@ def identity_key(row: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the last state of every measurement, in the order of the file.
+    """Read the last result of every measurement by `identity_key`, in the order of the file; {} if there is no file.
 
     Raises:
         UserError: a line is not a result.
@@ -54,14 +54,14 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_result(row: Any) -> bool:
-    """Return whether an object is a line that `append` writes."""
+    """Return whether a parsed line is a result of `ettin bench`."""
     if not isinstance(row, dict) or row.get("state") not in STATES or not isinstance(row.get("words"), list):
         return False
     return row["state"] != DONE or {"tokens_per_second", "tokens_per_second_range"} <= row.keys()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a line, forced to the disk. Raises UserError if that fails."""
+    """Append a result as a line of JSON and sync it to the disk. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as out:
@@ -73,7 +73,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Check that a file can be written, before minutes are spent. Raises UserError."""
+    """Raise UserError, naming the command-line `option`, if a file cannot be written."""
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; expected a file")
     folder = next(one for one in path.absolute().parents if one.exists())
@@ -82,11 +82,11 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Return the state of a measurement that ended with an error."""
+    """Return the state, and the reason, of a measurement that ended with an error."""
     import torch
 
     reason = first_line(error)[:200]
-    # torch's error is of a full device; a full host raises the others
+    # a full GPU raises torch's error, a full host the others
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return {"state": NO_MEMORY, "reason": reason}
     if isinstance(error, KeyboardInterrupt):
@@ -95,12 +95,15 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def should_measure(last: dict[str, Any] | None, is_only: bool) -> bool:
-    """Return whether to measure a combination, given its last state; an invalid one only if it is the only one."""
+    """Return whether to measure a combination whose last result is `last`.
+
+    It is measured if it has no result or was stopped, or if it is invalid and the only combination.
+    """
     return last is None or last["state"] == STOPPED or (is_only and last["state"] == INVALID)
 
 
 def known_result(last: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a combination that is not measured again."""
+    """Return the result of a combination that is not measured again; one that never ended counts as out of memory."""
     if last["state"] != BEGAN:
         return last
     return last | {"state": NO_MEMORY, "reason": "it ended the process, or was ended with it (--again measures it)"}
@@ -112,7 +115,7 @@ def name_of(row: dict[str, Any], common: Collection[str] = ()) -> str:
 
 
 def shared_overrides(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the overrides that several results share."""
+    """Return the overrides that all results have; [] for a single result."""
     shared = set.intersection(*(set(row["words"]) for row in rows)) if len(rows) > 1 else set()
     return [word for word in rows[0]["words"] if word in shared]
 
@@ -131,7 +134,7 @@ def compare(old: Path, new: Path) -> list[dict[str, Any]]:
         the ratio differs from 1 by more than the noise).
 
     Raises:
-        UserError: the files have none in common.
+        UserError: a file is missing, or the files have no measurement in common.
     """
     for path in (old, new):
         if not path.is_file():
@@ -205,7 +208,12 @@ PART = re.compile(r"(tp|pp|vpp?|cp)([1-9][0-9]*)|sp|dp")
 
 
 def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[str]) -> list[Member]:
-    """Return the members of the sweep, layouts changing slowest; one without values where nothing is swept.
+    """Return the members of the sweep, layouts changing slowest; one without values if nothing is swept.
+
+    Args:
+        layouts: text of --layouts, or None.
+        precisions: text of --precision, or None.
+        sweeps: texts of --sweep, each KEY=VALUE,VALUE,...
 
     Raises:
         UserError: a key is swept twice, or a value is not valid.
@@ -224,7 +232,7 @@ def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[s
 def layout_values(text: str) -> list[dict[str, str]]:
     """Parse layouts such as `dp,tp2,tp2pp2` and return the overrides of each.
 
-    An axis that any of them names is set in all.
+    An axis that one layout names is set in all of them.
 
     Raises:
         UserError: a name is not a layout, or two layouts are the same.
@@ -244,7 +252,7 @@ def layout_values(text: str) -> list[dict[str, str]]:
 
 
 def _degrees(name: str) -> dict[str, str]:
-    """Parse `tp2pp4sp` to {tp: 2, pp: 4, sp: }."""
+    """Parse `tp2pp4sp` to {tp: "2", pp: "4", sp: ""}."""
     parts = list(PART.finditer(name))
     # vp is the older name of vpp
     degrees = {{"vp": "vpp"}.get(part[1], part[1]) or part[0]: part[2] or "" for part in parts}

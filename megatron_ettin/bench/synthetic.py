@@ -1,6 +1,6 @@
 """Generate random rows for a benchmark without a dataset, and measure the chunks of a dataset's rows.
 
-Lengths of chunks are distributed as those of documents. A row is full, or has one chunk under padded batching.
+Lengths of chunks are lognormal, as those of documents are. A row is full, or has one chunk under padded batching.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLED_ROWS = 64
 class SyntheticRows:
     """Random rows with the interface of a dataset. A row is a function of its order index.
 
-    Chunks have `chunk_tokens` tokens on average, lognormally distributed, and never more than the row.
+    Lengths of chunks are lognormal with mean `chunk_tokens`, but at least 8 and cut at the end of the row.
     """
 
     seq_len: int

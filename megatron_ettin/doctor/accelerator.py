@@ -110,7 +110,7 @@ def _transformer_engine(has_gpu: bool, quick: bool) -> Finding:
 
 
 def _apex(has_gpu: bool) -> Finding:
-    """Check that Apex has the one part that Megatron-Core's own layers use.
+    """Check that Apex has its fused weight-gradient kernel, which Megatron-Core's own layers use.
 
     Those layers run in fp32, and in any precision without Transformer Engine. The layers of Transformer Engine
     accumulate weight gradients themselves.

@@ -1,6 +1,6 @@
 """Check whether a folder's file system does what checkpoints rely on, and measure its speed and free space.
 
-Checkpoints rely on a rename that replaces at once, on fsync of files and folders, and on locks that hold.
+Checkpoints rely on atomic renames, on fsync of files and folders, and on locks between processes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MIB, GIB = 1 << 20, 1 << 30
 LEAST_FREE, LOW_FREE = 1 * GIB, 20 * GIB
 FEWEST_INODES = 10_000
 PROBE_BYTES = 64 * MIB
-# MB per second: a checkpoint of the 1b (12 GB) takes two minutes
+# MB per second, at which a checkpoint of the 1b (12 GB) takes two minutes
 SLOW_MB = 100.0
 SLOW_SYNC_SECONDS = 0.25
 
 
 def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> list[Finding]:
-    """Check the file system of a folder. What is written is removed.
+    """Check the file system of a folder. Files that are written for it are removed.
 
     Args:
-        folder: may not exist yet; then its nearest existing parent is checked.
-        quick: skip the speed.
+        folder: the folder; if it does not exist yet, its nearest existing parent is checked.
+        quick: whether to skip the speed.
         probe_bytes: size of the file that measures the speed.
     """
     name = f"files in {folder}"
@@ -55,7 +55,7 @@ def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> 
 def _room(name: str, folder: Path) -> Finding:
     status = os.statvfs(folder)
     free, inodes = status.f_bavail * status.f_frsize, status.f_favail
-    # btrfs and some network file systems count none
+    # btrfs and some network file systems count no inodes
     counted = status.f_files > 0
     text = f"{free / GIB:,.1f} GiB free" + (f", {inodes:,} inodes" if counted else "")
     figures = {"free_bytes": free, "free_inodes": inodes if counted else None}
@@ -69,7 +69,7 @@ def _room(name: str, folder: Path) -> Finding:
 
 
 def _behaviour(name: str, probe: Path) -> Finding:
-    """Try what checkpoints and run directories do; the first needed one that fails is a problem."""
+    """Try the operations of PROMISES: if a needed one fails, it is a problem; if another one fails, a warning."""
     missing = []
     for what, attempt, needed in PROMISES:
         try:
@@ -121,7 +121,7 @@ def _syncs(probe: Path) -> bool:
 
 
 def _locks(probe: Path) -> bool:
-    """Return whether the second of two locks is refused."""
+    """Return whether a locked file refuses a second exclusive lock."""
     with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -140,7 +140,7 @@ PROMISES: tuple[tuple[str, Callable[[Path], bool], bool], ...] = (
 
 
 def _speed(name: str, probe: Path, size: int) -> Finding:
-    """Measure large writes with fsync, reads without the page cache, and small synced writes as a step's record is."""
+    """Measure large writes with fsync, uncached reads, and small writes with fsync (such as a step's record)."""
     block, path = os.urandom(min(MIB, size)), probe / "large"
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:

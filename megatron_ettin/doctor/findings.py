@@ -1,4 +1,4 @@
-"""Hold what `ettin doctor` finds: one line each, and what to do where something is wrong."""
+"""Define the findings of `ettin doctor`: one line each, with advice if something is wrong."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class Finding:
 
 
 def ok(name: str, text: str, **figures: Any) -> Finding:
-    """Return a finding that is as it should be."""
+    """Return a finding about a check that passed."""
     return Finding(name, "ok", text, figures=figures)
 
 
 def note(name: str, text: str, **figures: Any) -> Finding:
-    """Return a gap that costs nothing or is on purpose."""
+    """Return a finding about a gap that costs nothing or is on purpose."""
     return Finding(name, "note", text, figures=figures)
 
 
 def warning(name: str, text: str, todo: str, **figures: Any) -> Finding:
-    """Return a finding that costs speed or comfort, or may end a run one day."""
+    """Return a finding about a lack that costs speed or comfort, or may end a run one day."""
     return Finding(name, "warning", text, todo, figures)
 
 
 def problem(name: str, text: str, todo: str, **figures: Any) -> Finding:
-    """Return a finding that would stop a run, or make it compute something else."""
+    """Return a finding about a fault that would stop a run or make its results wrong."""
     return Finding(name, "problem", text, todo, figures)
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """Return the worst state of all; `ok` of none."""
+    """Return the worst state of the findings; `ok` if there are none."""
     return max((finding.state for finding in findings), key=STATES.index, default="ok")
 
 

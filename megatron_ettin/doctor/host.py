@@ -18,9 +18,9 @@ from megatron_ettin.platform import inventory
 GIB = float(1 << 30)
 FEWEST_FILES, GOOD_FILES = 256, 4096
 FEWEST_PROCESSES = 1024
-# with less, InfiniBand's buffers do not fit
+# with less, InfiniBand's buffers may not fit
 LOCKED_BYTES = 1 << 30
-# ranks on the GPUs of one host exchange data through it
+# ranks and loader workers of one host exchange data through shared memory
 SHARED_GIB = 1.0
 LOW_MEMORY_GIB = 2.0
 
@@ -114,7 +114,7 @@ def _count(limit: int) -> str:
 
 
 def _names() -> list[Finding]:
-    """Check whether the names of this host and of the first one resolve."""
+    """Check whether the names of this host and of the launch's first host resolve."""
     host = socket.gethostname()
     findings = []
     try:

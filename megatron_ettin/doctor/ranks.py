@@ -1,8 +1,8 @@
 """Compare all ranks of a launch: whether they meet, their versions, their clocks and their speed.
 
-Matrix products on every device of this process and all-reduces over its ranks run for some seconds; their results are
-checked and their speed is measured. Products are repeated and must give the same bits each time; some of their rows are
-compared with float64. All-reduces sum whole numbers, which is exact.
+Each rank multiplies matrices on its device, and all ranks all-reduce, for some seconds; results are checked and speeds
+measured. A process that is no rank of a launch multiplies on each of its GPUs. Products are repeated and must give the
+same bits each time; some of their rows are compared with float64. All-reduces sum whole numbers, which is exact.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from megatron_ettin.platform import Platform, detect, inventory
 from megatron_ettin.platform.device import gpu_count
 
 ARRIVAL_SECONDS = 120.0
-# share of the median rank's rate
+# a rank below this share of the median rank's rate is slow
 SLOW_RANK = 0.85
 MOST_NAMED = 4
-# seconds of each of products and all-reduces
+# seconds of the products, and again of the all-reduces
 GPU_SECONDS, CPU_SECONDS = 5.0, 0.5
-# share of the data sheet's figure
+# a GPU below this share of the data sheet's rate gets a warning
 LEAST_OF_PEAK = 0.5
-# share of the usual group of products that the slowest one has
+# a warning if the slowest group of products is below this share of the median group's rate
 LEAST_OF_MEDIAN = 0.8
 ROWS_CHECKED = 8
 PRODUCTS_PER_GROUP = 10
@@ -65,6 +65,7 @@ class Products:
     """Operations per second of the slowest group."""
     dtype: str
     side: int
+    """Number of rows and of columns."""
     error: str | None
     """Error message; None if nothing is wrong."""
 
@@ -85,14 +86,14 @@ def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding
     """Compare all ranks (collective).
 
     Args:
-        env: this rank.
-        platform: its device.
-        own: findings of this rank alone.
-        quick: measure nothing.
+        env: this process among the ranks.
+        platform: this rank's device.
+        own: this rank's findings about its host.
+        quick: whether to measure nothing.
 
     Returns:
-        The same list on every rank, unless they do not meet; warnings and problems of other hosts alone
-        are in it with their hosts.
+        The same list on every rank, unless they do not meet. It has the warnings and problems of hosts other than
+        rank 0's too, with the names of these hosts.
     """
     try:
         init_process_group(env, platform, arrival_seconds=ARRIVAL_SECONDS)
@@ -122,7 +123,7 @@ def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding
 
 
 def _facts(platform: Platform) -> dict[str, str]:
-    """Return what should be equal everywhere, by name."""
+    """Return the facts that should be equal on every rank, by name."""
     return {
         "code of megatron_ettin": f"{code_version()} ({code_hash()})",
         "libraries": library_versions(),
@@ -135,7 +136,7 @@ def _facts(platform: Platform) -> dict[str, str]:
 
 
 def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]:
-    """Return a finding for each fact in which ranks differ; different code or libraries end a run."""
+    """Return a finding for each fact in which ranks differ: a problem for code and libraries, else a warning."""
     findings = []
     for name in facts[0]:
         line = first_difference(hosts, [{name: fact[name]} for fact in facts])
@@ -147,7 +148,7 @@ def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]
 
 
 def judge_clocks(hosts: Sequence[str], now: Sequence[float]) -> Finding:
-    """Judge the ranks' clocks, in seconds, which were read right after a barrier."""
+    """Return a finding on the ranks' clocks `now`, in seconds, which were read right after a barrier."""
     spread = max(now) - min(now)
     off = clock_warnings(hosts, now)
     if off:
@@ -157,7 +158,7 @@ def judge_clocks(hosts: Sequence[str], now: Sequence[float]) -> Finding:
 
 
 def judge_rates(hosts: Sequence[str], measured: Sequence[Finding]) -> Finding:
-    """Judge the products of all ranks: which is wrong, which is slow."""
+    """Return a finding on the products of all ranks, naming the wrong or slow ones; `measured` is in order of ranks."""
     bad = [f"rank {rank} on {hosts[rank]}: {one.text}" for rank, one in enumerate(measured) if one.state == "problem"]
     if bad:
         todo = next(one.todo for one in measured if one.state == "problem")
@@ -204,7 +205,7 @@ def single_rank_findings() -> list[Finding]:
 
 
 def products(platform: Platform, seconds: float, side: int | None = None) -> Products:
-    """Compute products of square matrices of length `side` for about `seconds`: bf16 on a GPU, else fp32."""
+    """Multiply and check matrices [side, side] for about `seconds`, in bf16 on a GPU, else in fp32."""
     side = side or (GPU_SIDE if platform.is_gpu else CPU_SIDE)
     dtype = torch.bfloat16 if platform.is_gpu else torch.float32
     generator = torch.Generator(device=platform.device).manual_seed(0)
@@ -227,18 +228,18 @@ def products(platform: Platform, seconds: float, side: int | None = None) -> Pro
 
 
 def wrong_rows(a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> str | None:
-    """Return what is wrong with some rows of a product compared with float64 on the CPU; None if nothing is."""
+    """Compare some rows of a product with float64 on the CPU; return an error message, or None if they agree."""
     rows = torch.linspace(0, a.shape[0] - 1, ROWS_CHECKED).long()
     want = a.cpu()[rows].double() @ b.cpu().double()
     difference = float((product.cpu()[rows].double() - want).abs().max() / want.abs().max())
-    # a NaN is not within it
+    # False for a NaN, which is an error
     if difference <= TOLERANCE:
         return None
     return f"a product of {a.shape[0]} x {a.shape[1]} is off by {difference:.2g} of its largest element"
 
 
 def all_reduces(platform: Platform, seconds: float) -> AllReduces:
-    """All-reduce over the default group for about `seconds` (collective)."""
+    """All-reduce over the default group for about `seconds` and check the sums (collective)."""
     world, rank = dist.get_world_size(), dist.get_rank()
     size = GPU_BYTES if platform.is_gpu else CPU_BYTES
     base = torch.arange(size // 4, device=platform.device, dtype=torch.float32).remainder_(64)
@@ -264,7 +265,7 @@ def all_reduces(platform: Platform, seconds: float) -> AllReduces:
 
 
 def products_finding(platform: Platform, index: int | None = None, devices: int = 1) -> Finding:
-    """Measure and judge products on one device; `devices` devices share the seconds."""
+    """Measure products on one device and return a finding; `devices` devices share the seconds."""
     name = "products" if index is None else f"products, gpu {index}"
     try:
         done = products(platform, (GPU_SECONDS if platform.is_gpu else CPU_SECONDS) / devices)
@@ -275,7 +276,7 @@ def products_finding(platform: Platform, index: int | None = None, devices: int 
 
 
 def judge_products(name: str, device: str, peak_flops: float | None, done: Products) -> Finding:
-    """Judge the measured rate by itself and, where known, by `peak_flops` of the data sheet."""
+    """Return a finding on measured products; `peak_flops`: the data sheet's operations per second, or None."""
     text = f"{format_flops(done.flops)} in {done.dtype} at {done.side:,} on {device}"
     figures: dict[str, Any] = {"tflops": done.flops / 1e12, "slowest_tflops": done.slowest / 1e12}
     if peak_flops:
@@ -292,7 +293,7 @@ def judge_products(name: str, device: str, peak_flops: float | None, done: Produ
 
 
 def all_reduce_finding(done: AllReduces, platform: Platform) -> Finding:
-    """Judge the all-reduces."""
+    """Return a finding on measured all-reduces."""
     if done.error:
         return problem("all-reduce", done.error, BROKEN)
     if done.world == 1:

@@ -49,7 +49,7 @@ STRICT = ("torch", "megatron-core", "transformer-engine", "deepspeed")
 
 
 def version_findings() -> list[Finding]:
-    """Return findings on Python, on each package that is missing or out of range, and on all others in one."""
+    """Return findings on Python, on each package that is missing or out of range, and one on all other packages."""
     return [*_own(), *_packages(_requirements())]
 
 
@@ -67,7 +67,7 @@ def _own() -> list[Finding]:
 
 
 def _requirements() -> dict[str, tuple[Requirement, bool]]:
-    """Return every requirement by name, and whether an extra has it. Empty where this package is not installed."""
+    """Return name -> (requirement, whether only an extra has it); {} if this package is not installed."""
     try:
         lines = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
