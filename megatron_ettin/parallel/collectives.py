@@ -21,11 +21,11 @@ def world_size() -> int:
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum each value over all ranks in fp64. A rank that is not the one to count passes zeros.
+    """Return the sum of each value over all ranks, in fp64. A rank whose value should not count passes 0.
 
     Args:
-        values: as many on every rank.
-        device: where the process group's backend reduces tensors.
+        values: the values to sum; every rank passes the same number of them.
+        device: a device whose tensors the process group's backend reduces.
     """
     vector = torch.tensor(values, dtype=torch.float64, device=device)
     if world_size() > 1:
@@ -55,7 +55,7 @@ def run_on_rank_zero(function: Callable[[], Value], *caught: type[Exception]) ->
 
     Args:
         function: the function, without arguments.
-        caught: errors that are raised on every rank when rank 0 meets them. Any other error ends rank 0 alone.
+        caught: errors that every rank raises if `function` raises them. Any other error is raised on rank 0 alone.
     """
     returned: list[Value] = []
     failure: Exception | None = None

@@ -18,7 +18,7 @@ from megatron_ettin.base.errors import UserError
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
 
-# below the range that systems hand out by themselves
+# ports of rendezvous, below the range from which systems assign ports by themselves
 FIRST_PORT, PORTS = 15_000, 17_000
 
 
@@ -66,13 +66,13 @@ def first_host(nodelist: str) -> str:
 
 
 def job_port(job_id: str, step_id: str) -> int:
-    """Return a port that two jobs on one node do not share, computed from job and step."""
+    """Return a port computed from job and step, so that two jobs on one node rarely share one."""
     number = int(re.sub(r"\D", "", job_id) or 0) * 31 + int(re.sub(r"\D", "", step_id) or 0)
     return FIRST_PORT + number % PORTS
 
 
 def is_launched() -> bool:
-    """Return whether torchrun or srun started this process as one of several ranks."""
+    """Return whether torchrun, or srun with several tasks, started this process."""
     by_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     return by_srun or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
@@ -97,8 +97,8 @@ class Topology:
 
     @classmethod
     def of(cls, config: Config, world: int) -> Topology:
-        """Return the topology of a run on `world` ranks. Raises UserError where they do not divide."""
-        # here, because every command imports this module
+        """Return the topology of a run on `world` ranks. Raises UserError if the run's degrees do not divide them."""
+        # not at the top, because every command imports this module
         from megatron_ettin.config.layouts import check_layout, stage_layers
 
         parallel = config.parallel

@@ -39,8 +39,8 @@ def record_failure(error: BaseException, category: str = "error") -> None:
 
     Args:
         error: the error that ended the rank.
-        category: "user" for a mistake of the user, "stopped" for a run that its numbers ended, otherwise "error". A
-            restart helps in neither of the first two cases.
+        category: "user" for a mistake of the user, "stopped" for a run that ended itself, for example because of its
+            losses, otherwise "error". A restart helps in neither of the first two cases.
     """
     folder = report_folder()
     if folder is None:

@@ -37,7 +37,7 @@ class Layout:
         return self.pp_rank == self.topology.pp - 1
 
     def chunk_stages(self) -> list[tuple[int | None, bool, bool]]:
-        """Return (vpp stage, holds the embedding?, holds the head?) of each model chunk of this rank."""
+        """Return (vpp stage, holds the embedding?, holds the head?) of each model chunk; stage None without vpp."""
         if self.topology.vpp == 1:
             return [(None, ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage())]
         return [
@@ -84,23 +84,24 @@ def axes_of_groups() -> dict[str, str]:
         "dp": [ps.get_data_parallel_group(with_context_parallel=whole) for whole in (False, True)],
         "pp": [ps.get_pipeline_model_parallel_group(), ps.get_embedding_group(check_initialized=False)],
     }
-    # a later one wins: with one context-parallel rank, cp's groups can be dp's
+    # if two axes share a group, the later axis counts: with one context-parallel rank, cp's groups can be dp's
     return {one.group_name: axis for axis, members in groups.items() for one in members if one is not None}
 
 
 @dataclass(frozen=True)
 class OptimizerGroups:
-    """Groups that core's optimizers are given one by one."""
+    """Process groups of core's optimizers, and this rank's index in one."""
 
     data: Any
-    """The distributed optimizer's shards lie over this group."""
+    """Group that the distributed optimizer shards its state over."""
     grad_stats: Any
-    """Gradient norms are summed over this group."""
+    """Group that gradient norms are summed over."""
     tensor: Any
     tensor_and_data: Any
     embedding: Any
     """First and last stage, which hold copies of the tied embedding; None on the stages between."""
     index_in_model: int
+    """This rank's index in the model-parallel group."""
 
 
 def optimizer_groups(distributed: bool) -> OptimizerGroups:
@@ -119,7 +120,7 @@ def optimizer_groups(distributed: bool) -> OptimizerGroups:
 class ModelParallelUnit:
     """DeepSpeed's `mpu`: Megatron's parallel_state under older names.
 
-    Ranks of context parallelism share weights and see other tokens: ZeRO treats them as data-parallel.
+    Context-parallel ranks share weights but see different tokens, so ZeRO treats them as data-parallel.
     """
 
     get_model_parallel_group = staticmethod(ps.get_tensor_model_parallel_group)
@@ -143,7 +144,7 @@ class ModelParallelUnit:
 
 
 def destroy_model_parallel() -> None:
-    """Destroy core's groups; `process_groups` destroys torch's default group. Both leak threads if left."""
+    """Destroy core's groups; `process_groups` destroys torch's default group. Groups left undestroyed leak threads."""
     ps.destroy_model_parallel()
     for name, value in list(vars(ps).items()):
         # core 0.16 forgets one, whose connections would stay open

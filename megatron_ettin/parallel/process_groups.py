@@ -18,7 +18,7 @@ from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.platform.device import Platform
 from megatron_ettin.platform.profiler import enable_flight_recorder
 
-# the store that ranks met at, and a part of it for every time they joined
+# the store of the rendezvous, then a part of it for each default process group that was created
 _stores: list[Store] = []
 LISTED_RANKS = 8
 REPEAT_SECONDS = 60.0
@@ -35,9 +35,9 @@ def init_process_group(
     Args:
         env: this process among the ranks.
         platform: gives the backend and the device.
-        timeout_seconds: how long a collective may take.
-        arrival_seconds: how long ranks may differ in coming here, by default `timeout_seconds`. A rank that copies data
-            first is waited for without making every later hang as long.
+        timeout_seconds: seconds that a collective may take.
+        arrival_seconds: seconds to wait for all ranks, by default `timeout_seconds`. A larger value gives a rank time
+            to copy data first, without a larger timeout of every later collective.
 
     Raises:
         RankError: the other ranks do not answer.
@@ -94,7 +94,7 @@ def _await_all(store: Store, env: DistributedEnv, patience: timedelta) -> None:
 
 
 def _log_missing(store: Store, env: DistributedEnv, arrived: int) -> None:
-    """Log the missing ranks on rank 0 or, where rank 0 is missing, on the first rank of each host."""
+    """Log the missing ranks on rank 0 or, if rank 0 is missing, on the first rank of each host."""
     if env.rank == 0 or (env.local_rank == 0 and not store.check(["here0"])):
         log_warning(
             f"rank {env.rank} waits for {env.world - arrived} of {env.world} ranks: {_missing(store, env)}"
@@ -109,7 +109,7 @@ def _missing(store: Store, env: DistributedEnv) -> str:
 
 
 def _env_hint(env: DistributedEnv) -> str:
-    """Return why this process thinks that there are others: variables may be left from another launch."""
+    """Return a hint that names the variables that set the number of ranks; they may be left from another launch."""
     names = "RANK and WORLD_SIZE" if env.source == "torchrun" else "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
     return f" ({names} say that there are {env.world})"
 
@@ -118,12 +118,12 @@ def _env_hint(env: DistributedEnv) -> str:
 def temporary_process_group(
     env: DistributedEnv, platform: Platform, arrival_seconds: float | None = None
 ) -> Iterator[None]:
-    """Let the ranks meet for the collectives inside the context alone. A single process needs no group for them.
+    """Create the default process group inside the context, in place of an existing one; a single process needs none.
 
     Args:
         env: this process among the ranks.
         platform: gives the backend and the device.
-        arrival_seconds: how long ranks may differ in coming here, by default as long as a collective may take.
+        arrival_seconds: seconds to wait for all ranks, by default as long as a collective may take.
 
     Raises:
         RankError: the other ranks do not come.
@@ -140,7 +140,7 @@ def temporary_process_group(
 
 
 def _meeting_point(env: DistributedEnv, patience: timedelta) -> Store:
-    """Return the store that rank 0 or torchrun's agent holds.
+    """Return the store that rank 0 or torchrun's agent serves.
 
     It does not wait for all ranks itself, because it could not name those that are missing.
     """
@@ -167,5 +167,5 @@ def destroy_process_group() -> None:
 
 
 def release_store() -> None:
-    """Release the store that ranks met at, when this process will not meet them again."""
+    """Release the store of the rendezvous; call it when this process will create no further process group."""
     _stores.clear()

@@ -1,4 +1,4 @@
-"""Shorten a step's kernels and their launches: fused element-wise functions, and captured CUDA graphs.
+"""Shorten a step's kernels and their launches by fused element-wise functions and captured CUDA graphs.
 
 `maybe_compile` decorates functions that torch's compiler fuses to one kernel each after `enable_compile(True)`.
 
@@ -23,14 +23,14 @@ from megatron_ettin.base.errors import UserError
 
 _functions: list[MaybeCompiled] = []
 _state = {"enabled": False}
-# before a capture: libraries choose algorithms and allocate workspaces in their first calls
+# calls before a capture: in their first calls libraries choose algorithms and allocate workspaces
 WARM_UP_CALLS = 3
 
 Tensors = Sequence[torch.Tensor]
 
 
 class MaybeCompiled:
-    """A function of tensors and constants that may be compiled; made by the decorator below."""
+    """A function of tensors and constants that may be compiled; `maybe_compile` makes it."""
 
     def __init__(self, function: Callable[..., Any], dynamic: bool | None) -> None:
         self.function = self.call = function
@@ -46,7 +46,7 @@ class MaybeCompiled:
 def maybe_compile(function: Callable[..., Any], dynamic: bool | None = None) -> MaybeCompiled:
     """Decorate a function that `enable_compile` may compile.
 
-    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times.
+    `dynamic`: True compiles one kernel for all sizes, for functions that are called with many; None: torch decides.
     """
     return MaybeCompiled(function, dynamic)
 
@@ -57,14 +57,14 @@ def compile_enabled() -> bool:
 
 
 def enable_compile(enabled: bool) -> None:
-    """Compile every decorated function at its next call, or none."""
+    """Make every decorated function compile at its next call, or (False) run uncompiled."""
     _state["enabled"] = enabled
     for maybe in _functions:
         maybe.call = torch.compile(maybe.function, dynamic=maybe.dynamic) if enabled else maybe.function
 
 
 def should_compile(wanted: str, is_gpu: bool) -> bool:
-    """Return whether to compile here for `runtime.compile` = auto, always or never.
+    """Return whether to compile on this device for `runtime.compile` = auto, always or never.
 
     Raises:
         UserError: `always`, and this host lacks what the compiler needs.
@@ -85,8 +85,8 @@ def should_compile(wanted: str, is_gpu: bool) -> bool:
 class CapturedGraph:
     """A function of tensors of fixed shapes, captured at its fourth call and replayed from then on.
 
-    It must not wait for the device or allocate depending on values. Its only effects may be what it returns and what it
-    writes to memory that outlives it. The next call overwrites what a call returned.
+    The function must not wait for the device, and what it allocates must not depend on values. Its only effects may be
+    its outputs and writes to memory that outlives it. Each replay overwrites the outputs of the one before.
     """
 
     def __init__(self, function: Callable[[Tensors], Tensors]) -> None:
@@ -107,7 +107,7 @@ class CapturedGraph:
         return self.outputs
 
     def _warm_up(self, tensors: Tensors) -> Tensors:
-        """Run the function on a stream of its own, as the capture will."""
+        """Run the function on a side stream, as the capture will."""
         stream, side_stream = torch.cuda.current_stream(), torch.cuda.Stream()
         side_stream.wait_stream(stream)
         with torch.cuda.stream(side_stream):

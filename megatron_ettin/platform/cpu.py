@@ -4,7 +4,8 @@ Core itself stays unmodified. The list is short: current_device, set_device, syn
 Tensor.cuda and Module.cuda, device="cuda" in factory functions and `.to`, and the class names of CUDA tensors. Core
 uses them in pipeline schedules and p2p (device="cuda", current_device), parameter and gradient buffers, the
 optimizer's and clip_grads' `.type()` comparisons, tensor_parallel's mappings and random, and the checkpoint writer.
-`install` does nothing on a host with CUDA. It costs about 3 us per torch call and applies to its thread only.
+`install` does nothing on a host with CUDA. `CudaMeansCpu` costs about 3 us per torch call and applies to the thread
+that installed it only.
 """
 
 from __future__ import annotations

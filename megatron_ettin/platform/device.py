@@ -24,7 +24,7 @@ PEAK_BF16_TFLOPS = {
     **{"H100 PCIe": 756.0, "H100 NVL": 835.5},
     **{"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0},
 }
-# the first whose fused attention supports a window on both sides
+# the first version whose fused attention supports a window on both sides
 OLDEST_TRANSFORMER_ENGINE = "2.12.0"
 
 
@@ -72,7 +72,7 @@ class Platform:
             torch.cuda.synchronize()
 
     def record_event(self) -> Any:
-        """Return an event in the order of the device's work, for `elapsed_seconds`."""
+        """Record an event behind the device's queued work (on a CPU the time) and return it, for `elapsed_seconds`."""
         if not self.is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -84,9 +84,9 @@ class Platform:
         return float(first.elapsed_time(last) / 1e3 if self.is_gpu else last - first)
 
     def measured_peak_flops(self, dtype: torch.dtype) -> float:
-        """Return the operations per second of a large matrix product here, the reference for a CPU's speed.
+        """Return the operations per second of a large matrix product on this device, the reference for a CPU's speed.
 
-        Measured once per process, so that figures that are divided by it are comparable.
+        It is measured once per process, so that all figures are relative to the same value.
         """
         if dtype in self._peaks:
             return self._peaks[dtype]
@@ -164,7 +164,7 @@ def gpu_count() -> int:
 
 
 def device_name() -> str:
-    """Return torch's name of the device that other libraries should use here: `cuda` or `cpu`."""
+    """Return torch's name of the device that other libraries should use on this host: `cuda` or `cpu`."""
     return "cuda" if gpu_count() else "cpu"
 
 
@@ -204,7 +204,7 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
 
 
 def have_transformer_engine() -> bool:
-    """Return whether Transformer Engine can be imported and is new enough for a window on both sides."""
+    """Return whether there is a GPU, and Transformer Engine imports and is new enough for a window on both sides."""
     try:
         import transformer_engine
         import transformer_engine.pytorch

@@ -23,7 +23,10 @@ _DIRECTIONS = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
 
 
 def delayed_scales(linear: Any) -> dict[str, torch.Tensor]:
-    """Return one module's tensors in use by name, so that writing to them changes its state; {} if it has none yet."""
+    """Return the scales and maxima of a module's delayed scaling by name; {} if it has none yet.
+
+    They are the tensors in use, so that writing to them changes the module's state.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for direction, key in _DIRECTIONS.items():
         state: Any = getattr(linear, "fp8_meta", {}).get(key)
@@ -35,9 +38,9 @@ def delayed_scales(linear: Any) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
-    """Restore the scales after forward passes inside.
+    """Restore the scales of these model chunks after the forward passes inside the context.
 
-    The values they quantize count in the maxima of the next step, so evaluating a run would change its training.
+    Without this, the values of an evaluation would count in the maxima of the next step and change the training.
     """
     linears = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
     before = [{name: tensor.clone() for name, tensor in delayed_scales(linear).items()} for linear in linears]
@@ -46,7 +49,7 @@ def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
         for name, tensor in delayed_scales(linear).items():
             if name in kept:
                 tensor.copy_(kept[name])
-            # made by these passes: reset to what the first training step would create
+            # these passes made it: reset it to what the first training step would make
             else:
                 tensor.fill_(1.0 if name.endswith(".scale") else 0.0)
 
@@ -54,7 +57,7 @@ def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
 def reset_fp8_state() -> None:
     """Release the scales that Transformer Engine keeps outside of the model.
 
-    Else the next model in this process would reduce them too, over process groups that no longer exist.
+    Otherwise the next model in this process would reduce them too, over process groups that no longer exist.
     """
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")
     if quantization is not None:
@@ -76,7 +79,7 @@ def make_delayed_scales(linear: Any, config: Any) -> None:
 
 
 def is_fp8(tensor: Any) -> bool:
-    """Return whether a tensor is Transformer Engine's with FP8 data; False if that is not installed."""
+    """Return whether a tensor is one of Transformer Engine's with FP8 data; False without Transformer Engine."""
     from megatron.core.fp8_utils import is_float8tensor
 
     return bool(is_float8tensor(tensor))
@@ -85,8 +88,8 @@ def is_fp8(tensor: Any) -> bool:
 def set_weight(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Set a parameter's initial value, rounded to its type.
 
-    For a parameter in FP8, Transformer Engine keeps on the host the value it was made from, which masters begin with:
-    it is set too.
+    For a parameter in FP8, Transformer Engine also keeps on the host the value that its fp32 master will begin with.
+    That value is set too.
     """
     # rounded first, so that FP8 weights are the same wherever they are cast
     value = value.to(parameter.dtype)
@@ -97,7 +100,7 @@ def set_weight(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def raw_data(tensor: Any) -> torch.Tensor:
-    """Return the tensor that stores a weight's bits: the bytes of an FP8 one, any other itself."""
+    """Return the tensor that stores a weight's bits: its bytes if it is FP8, else the weight itself."""
     if is_fp8(tensor):
         tensor = tensor._rowwise_data if hasattr(tensor, "_rowwise_data") else tensor._data
     assert isinstance(tensor, torch.Tensor)
@@ -105,7 +108,7 @@ def raw_data(tensor: Any) -> torch.Tensor:
 
 
 def finish_gather(parameters: Iterable[torch.Tensor]) -> None:
-    """Make the transposed copies that backward reads, once all bytes of the weights are gathered."""
+    """Make the transposed copies of FP8 weights that backward reads; call it after their bytes are gathered."""
     gathered = [p for p in parameters if is_fp8(p)]
     if gathered:
         from megatron.core.fp8_utils import post_all_gather_processing

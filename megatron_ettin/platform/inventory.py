@@ -46,7 +46,7 @@ def gpus() -> list[Gpu]:
 
 
 def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
-    """Return whether one of torch's architectures runs on this compute capability.
+    """Return whether one of torch's architectures, such as `sm_90`, runs on this compute capability.
 
     Machine code (sm) runs on GPUs of its own generation that are not older. Intermediate code (compute) runs on GPUs of
     any generation that are not older.
@@ -73,7 +73,7 @@ def torch_build() -> str | None:
 
 
 def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Return the version of NVIDIA's kernel module; None if none is loaded."""
+    """Return the version of NVIDIA's kernel module (`unknown` if it cannot be read); None if none is loaded."""
     with contextlib.suppress(OSError):
         match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", proc.read_text())
         return match[1] if match else "unknown"
@@ -105,7 +105,7 @@ def apex_package() -> str | None:
 
 
 def apex_adds_gradients() -> bool:
-    """Return whether Apex has its fused weight-gradient accumulation, the one part that is used here."""
+    """Return whether Apex has its fused weight-gradient accumulation, the one part that this package uses."""
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

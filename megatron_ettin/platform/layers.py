@@ -53,16 +53,23 @@ class LayerBackend:
     norm_column_linear: Any = None
     """Column-parallel linear fused with the norm before it; None: the layer has separate norms."""
     core_attention: Any = None
-    """Transformer Engine's attention class, where `attention` is its kernel."""
+    """Transformer Engine's attention class; None if `attention` is another kernel."""
     fuses_weight_gradients: bool = False
     """Whether products add a weight's gradient to its fp32 buffer themselves."""
 
 
 def layer_backend(platform: Platform, precision: str, attention: str = "auto") -> LayerBackend:
-    """Return Transformer Engine's layers where they run, else core's. In fp32 core's, because TE would use TF32.
+    """Return Transformer Engine's layer classes if they run on this platform, else core's.
+
+    In fp32 they are core's, because Transformer Engine would compute in TF32.
+
+    Args:
+        platform: this rank's device.
+        precision: value of `precision.name`.
+        attention: value of `runtime.attention`.
 
     Raises:
-        UserError: the kernel requested by `attention` (runtime.attention) does not run here.
+        UserError: the requested attention kernel does not run on this platform.
     """
     choice = choose_attention(attention, platform, precision)
     # core stores its choice in these variables, and refuses another one later in this process
@@ -111,10 +118,10 @@ def _bias_free_norm_linear() -> Any:
 
 
 def choose_attention(wanted: str, platform: Platform, precision: str) -> AttentionChoice:
-    """Return the kernel for `runtime.attention`; `auto` is the first of the table that runs here.
+    """Return the kernel for `runtime.attention`; `auto` is the first of MISSING_FOR that runs on this platform.
 
     Raises:
-        UserError: the requested kernel does not run here; the message says why and names one that does.
+        UserError: the requested kernel does not run on this platform; the message says why and names one that does.
     """
     reasons = {name: missing(platform, precision) for name, missing in MISSING_FOR.items()}
     nearest = next(name for name, reason in reasons.items() if reason is None)
@@ -161,7 +168,8 @@ def _flex(platform: Platform, precision: str) -> str | None:
     return None if find_spec("triton") else "needs Triton, which is not installed"
 
 
-# in the order in which `auto` tries them; flex comes after sdpa, so never, because it compiles for minutes
+# kernel -> function that returns the reason why it does not run, or None; in the order in which `auto` tries them.
+# `auto` never takes flex, which compiles for minutes: it comes after sdpa, which always runs.
 MISSING_FOR: dict[str, Callable[[Platform, str], str | None]] = {
     "te-fused": _te_fused,
     "flash": _flash,

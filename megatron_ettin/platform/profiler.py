@@ -27,7 +27,7 @@ HISTORY_ENTRIES = 200_000
 FLIGHT_RECORDER_ENTRIES = 2000
 # variables of torch 2.10 and newer, and of older versions
 FLIGHT_RECORDER_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-# a device that hangs may never answer
+# seconds to wait for the record, because a device that hangs may never answer
 DUMP_SECONDS = 5.0
 
 
@@ -74,7 +74,7 @@ class Profiler:
 
 
 def summary(averages: Any, is_gpu: bool) -> str:
-    """Return a table of the operations that took most time by themselves, on the device if there is one."""
+    """Return a table of the operations with most time of their own, without operations they call; on a GPU its time."""
     attribute = "self_device_time_total" if is_gpu else "self_cpu_time_total"
     rows = [(getattr(entry, attribute), entry.count, entry.key) for entry in averages]
     rows = sorted((row for row in rows if row[0] > 0), reverse=True)
@@ -108,7 +108,7 @@ def enable_flight_recorder() -> None:
 
 
 def dump_flight_recorder(path: Path) -> bool:
-    """Write the record (a pickle, for `torchfrtrace`) within 5 s, and return whether there was one."""
+    """Write the flight recorder's record (a pickle, for `torchfrtrace`); return False if there is none within 5 s."""
     done: list[bool] = []
 
     def dump() -> None:

@@ -1,9 +1,9 @@
 """Measure what a rank uses: the memory of live tensors, and the bytes that its process groups send.
 
-`PeakMemoryTracker` counts what memory predictions are compared with, where no device counts its allocations.
-`CommVolumeTracker` counts bytes, and times the calls and waits of this rank. Every collective and transfer passes the
-methods of torch's ProcessGroup, whoever calls it (core, Transformer Engine, this package), and the `wait` of the work
-that they return.
+`PeakMemoryTracker` counts the memory of tensors on a CPU, which does not count its allocations; memory predictions are
+compared with it. `CommVolumeTracker` counts bytes, and times the calls and waits of this rank. It replaces the methods
+of torch's ProcessGroup and `Work.wait`, which every collective and transfer uses, whoever calls it (core, Transformer
+Engine, this package).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# methods, in several versions of torch, and the index of the argument that holds all the data that is sent
+# ProcessGroup methods of several torch versions -> index of the argument that holds all data; None: nothing is counted
 WHOLE_OUT = ("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single")
 WHOLE_IN = ("_reduce_scatter_base", "reduce_scatter", "reduce_scatter_single")
 SENT = {
@@ -43,8 +43,8 @@ def is_symbolic(tensor: torch.Tensor) -> bool:
 class PeakMemoryTracker(TorchDispatchMode):
     """Count, inside its context, the bytes of all tensor storages and their peak.
 
-    Counted are storages that existed before (found by the garbage collector) and those that operations return, until
-    they are freed. Memory that a kernel allocates and frees itself is not seen.
+    It counts storages that existed before (found by the garbage collector) and those that operations return, until
+    they are freed. It does not see memory that a kernel allocates and frees itself.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class PeakMemoryTracker(TorchDispatchMode):
 
 
 class CommVolumeTracker:
-    """Count bytes by (axis, method) inside `track`.
+    """Count the bytes that this rank passes to collectives and transfers inside `track`, by (axis, method).
 
     `axes` maps the name of a process group to its axis; other groups count as `all`.
     """
@@ -110,7 +110,7 @@ class CommVolumeTracker:
 
     @contextlib.contextmanager
     def track(self, span: Callable[[str], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-        """Count bytes inside, and run each call and each wait in the context `span(axis)`."""
+        """Count bytes inside the context, and run each call and each wait in `span(axis)`, which may time it."""
         group_class: Any = dist.ProcessGroup
         work_class: Any = torch._C._distributed_c10d.Work
         # vars, not getattr: a bound attribute would not be passed the group once it is restored
