@@ -11,7 +11,7 @@ Su et al. 2021 (arXiv 2104.09864), in the half-split form of GPT-NeoX and Modern
 turns by position * theta^(-2c/dim). Local and global layers have their own thetas.
 
 Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509): between layers a rank holds a slice of every row. One
-all-to-all before the attention exchanges tokens for heads, one after it exchanges them back. In between runs the
+all-to-all before the attention exchanges tokens for heads, one after it exchanges them back. Between the two runs the
 ordinary packed attention with any window and boundaries, on every device. The price: tp x cp must divide the heads.
 """
 
@@ -75,12 +75,15 @@ class _RotaryAttention(MegatronModule):
         return (out if group is None else to_tokens(out, packed.rows, group)).flatten(1)
 
     def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attend within rows all causal or all not; each of `qkv` [tokens, heads, dim]. `arguments`: core's others."""
+        """Attend within the rows of `part`, all causal or all not.
+
+        `qkv` and the result are [tokens, heads, dim]; `arguments` are core's further arguments.
+        """
         raise NotImplementedError
 
 
 class KernelAttention(_RotaryAttention):
-    """Attention by a function that takes boundaries and window: `attend` of this module or one of the others."""
+    """Attention by a function of boundaries and window: `attend` (the default) or another `attend_*` of this module."""
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class KernelAttention(_RotaryAttention):
         self.kernel = kernel or attend
 
     def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attend by the kernel, with the layer's window for such rows."""
+        """Attend by the kernel, with the layer's window for causal rows or for other rows."""
         out: torch.Tensor = self.kernel(*qkv, part, self.windows[causal], causal)
         return out
 
@@ -119,7 +122,7 @@ class TransformerEngineAttention(_RotaryAttention):
             self.kernels[str(causal)] = kernel(config=layer_config, layer_number=layer_number, **arguments | mask)
 
     def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attend by TE's kernel for such rows."""
+        """Attend by TE's kernel for causal rows or by that for other rows."""
         named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
         out: torch.Tensor = self.kernels[str(causal)](*qkv, None, **named)
         return out
@@ -128,7 +131,7 @@ class TransformerEngineAttention(_RotaryAttention):
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """Attend by the function that costs least for this row length and window."""
+    """Attend by the function that costs least for this row length and window; tensors are [tokens, heads, dim]."""
     longest = packed.max_seqlen_q or packed.seq_len
     if packed.seq_len <= DENSE_ROW_TOKENS:
         return attend_dense(q, k, v, packed, window, causal)
@@ -239,7 +242,7 @@ def attend_varlen(
 
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window_sides(window, causal))
-    # a tuple only where its auxiliary outputs are requested
+    # it is a tuple only if auxiliary outputs are requested
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -247,7 +250,7 @@ def attend_varlen(
 def attend_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """Attend by the flash-attn package: version 3 where it is installed (Hopper), else 2."""
+    """Attend by the flash-attn package: version 3 (for Hopper) if it is installed, else 2."""
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     out = _flash_function()(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal,

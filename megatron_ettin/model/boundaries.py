@@ -1,6 +1,7 @@
 """Compute where the chunks of a micro-batch's rows begin and end, in host memory.
 
-It imports neither torch nor Megatron, so that a loader's worker can do it; model/packed.py copies it to a device.
+Importing it loads neither torch nor Megatron, so loader workers can use it; model/packed.py copies its results to a
+device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-# numpy's where it was made; a tensor once it is pinned
+# a numpy array, or a tensor once `pin_arrays` has pinned it
 HostArray = Union["npt.NDArray[np.integer]", "torch.Tensor"]
 Record = TypeVar("Record", bound=Any)
 
@@ -35,7 +36,7 @@ class ChunkBoundaries:
     positions: HostArray
     """[T] position of each token within its chunk."""
     slots: HostArray
-    """[R] slot of each row within the step; [C] slot of each chunk where `flat`."""
+    """[R] slot of each row within the step; if `flat`, [C] slot of each chunk."""
     flat: bool
     """True if the only row holds the step's rows end to end, one chunk each."""
     causal_tokens: int | None
@@ -60,8 +61,8 @@ class ChunkBoundaries:
         Args:
             lengths: chunk lengths of each row, at most `seq_len` in sum.
             seq_len: tokens of a row.
-            slots: slot of each row (of each chunk where `flat`) within the step, on which dropout masks depend; 0, 1,
-                ... by default.
+            slots: slot of each row within the step, on which dropout masks depend; by default 0, 1, ... If `flat`, it
+                must have the slot of each chunk.
             causal_tokens: how many of the first tokens are in causal rows; None: by the model's objective.
             context: rank and degree of context parallelism.
             flat: whether the only row holds the step's rows end to end, one chunk each.

@@ -38,7 +38,7 @@ class EttinTransformerConfig(TransformerConfig):
 
 
 def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return core's keys that say which activations are kept.
+    """Return core's keys that say which activations are kept, recomputed or offloaded.
 
     Full recomputation applies to the first layers of each stage, because backward needs the last ones immediately.
     """
@@ -122,7 +122,7 @@ def transformer_config(
         deterministic_mode=config.runtime.deterministic and on_gpu,
         # captured graphs cast the weights to FP8 in each pass
         disable_parameter_transpose_cache=config.runtime.cuda_graph,
-        # it adds to core's gradient buffers, which DeepSpeed does not have
+        # the fused product adds to core's gradient buffers, which DeepSpeed does not have
         gradient_accumulation_fusion=backend.fuses_weight_gradients and parallel.engine == "megatron",
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

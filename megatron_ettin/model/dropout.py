@@ -1,4 +1,4 @@
-"""Apply dropout by masks that are a pure function, and add the residual.
+"""Apply dropout by masks that are hashes of counters, and add the residual.
 
 A mask depends on (seed, phase, step, layer, row slot, token, channel) alone.
 A generator's history would tie the mask to the layout; a counter does not. The mask is the same on every TP x PP x DP
@@ -81,11 +81,11 @@ def keep_mask(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
 
 
 def keep_mask_by_channel(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
-    """Return `keep_mask` by hashing for every channel: twice the work but no tensor between, for one kernel."""
+    """Return the mask of `keep_mask` by one hash per channel: twice the work, but it compiles to one kernel."""
     channel = torch.arange(channels, device=keys.device, dtype=torch.int32)
     bits = mix32(keys[:, None] ^ ((channel >> 1) * _signed(_WORD))[None])
     half = (bits >> ((channel & 1) * 16)[None]) & 0xFFFF
-    # the order of int16, as an unsigned number
+    # flipping the highest bit gives unsigned numbers the order of int16, which `keep_mask` compares
     return (half ^ 0x8000) >= dropped
 
 

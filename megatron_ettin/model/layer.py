@@ -36,7 +36,7 @@ from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.platform.compile import maybe_compile
 
-# for every layer on every rank it logs that the MLP class is not one of core's
+# core logs for every layer on every rank that the MLP class is not one of its own
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 ATTENTIONS = {"sdpa": attend, "flash": attend_flash, "varlen": attend_varlen, "flex": attend_flex}
@@ -124,7 +124,7 @@ class GatedMlp(MLP):
 
 
 class BiasFreeLayerNorm(torch.nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight over the last dimension.
+    """Layer norm without bias: (x - mean) / sqrt(var + eps) * weight over the last dimension.
 
     Core's own local norm refuses sequence parallelism. This one marks its weight, and core sums the gradient over
     tensor-parallel ranks, each of which holds a slice of the tokens.

@@ -40,14 +40,14 @@ class LossOptions:
     valid: int = sys.maxsize
     """Number of this rank's rows that are not padding; all by default."""
     group: Any = None
-    """The tensor-parallel group; None where the vocabulary is not sharded."""
+    """The tensor-parallel group; None if the vocabulary is not sharded."""
     padded: bool = False
     """True if some labels are negative. Their losses and gradients are zero."""
     factor: float = 1.0
     """The number that the caller will multiply the sum by.
 
-    Gradients in 16 bits are multiplied by it before they are rounded, so that 1 is left for backward: a factor rounded
-    to bf16, up to 0.4 % off, would scale all gradients of a micro-batch alike.
+    Gradients in 16 bits are multiplied by it before they are rounded, so that backward multiplies by 1. Backward would
+    round the factor to bf16, which changes all gradients of a micro-batch by the same share, up to 0.4 %.
     """
 
 
@@ -122,7 +122,7 @@ def _compiled_chunk(
     grads: tuple[torch.Tensor, ...],
     vocab: LossOptions,
 ) -> torch.Tensor:
-    """Return the losses of some rows and add their gradients to `grads`; logits are never widened in memory."""
+    """Return the losses of some rows and add their gradients to `grads`; logits are never stored in fp32."""
     group, factor = vocab.group, vocab.factor
     logits = torch.mm(hidden, weight.t())
     normaliser, target = shard_statistics(logits, bias, labels, vocab.first, vocab.valid)

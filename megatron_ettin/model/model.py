@@ -77,7 +77,10 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
 
 
 class EttinModel(LanguageModule):
-    """One pipeline stage, or all of it, of an encoder or decoder."""
+    """Encoder or decoder, or one pipeline stage of it.
+
+    A stage with `pre_process` has the embedding, one with `post_process` the final norm, the head and the loss.
+    """
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class EttinModel(LanguageModule):
             loss_factor: the number that the sum of losses will be multiplied by before backward.
 
         Returns:
-            Hidden states [tokens, 1, hidden] on a stage without the head; on the last stage a `LossOutput` where
+            Hidden states [tokens, 1, hidden] on a stage without the head; on the last stage a `LossOutput` if
             labels are given, else logits [tokens, vocabulary].
         """
         embedded = self.embedding(input_ids) if self.pre_process else None

@@ -33,13 +33,13 @@ class PackedRows(PackedSeqParams):
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] position of each token within its chunk."""
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[R] slot of each row within the step; [C] slot of each chunk where `flat`."""
+    """[R] slot of each row within the step; if `flat`, [C] slot of each chunk."""
     flat: bool = False
     """True if the only row holds the step's rows end to end, one chunk each."""
     dropout_key: int = 0
     """Hash of (seed, phase, step), from dropout.py's `step_key`."""
     layer_keys: torch.Tensor | None = None
-    """Keys of dropout.py's `layer_keys`, where a captured graph needs masks that change from replay to replay."""
+    """Keys from dropout.py's `layer_keys` for a captured graph, whose masks change from replay to replay; else None."""
     slice_start: int = 0
     """First position of this rank's slice of every row, under context parallelism."""
     slice_tokens: int = 0
@@ -81,10 +81,10 @@ class PackedRows(PackedSeqParams):
         return len(self.segments) // self.seq_len
 
     def split_causal(self, causal: bool) -> list[tuple[PackedRows, bool]]:
-        """Return the causal rows (True) and the others (False), each where there are any.
+        """Return the causal rows with True and the other rows with False, without an empty part.
 
         Args:
-            causal: whether all rows are causal, used where `causal_tokens` is None.
+            causal: whether all rows are causal, used if `causal_tokens` is None.
         """
         tokens = len(self.segments)
         first = self.causal_tokens

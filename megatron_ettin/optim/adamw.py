@@ -30,10 +30,10 @@ from megatron_ettin.platform.compile import compile_enabled, maybe_compile
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """Description of a whole parameter, for the shards of it."""
+    """Description of a whole parameter, used by its shards."""
 
     index: int
-    """Index in the vector of sums."""
+    """Index in the vector of sums, which has one sum for each parameter."""
     numel: int
     """Elements of the whole tensor, without rows that pad it."""
     is_counted: bool
@@ -42,7 +42,7 @@ class ParamInfo:
 
 @dataclass(frozen=True)
 class TiedCopies:
-    """The tied embedding where the first and the last pipeline stage each hold a copy of it."""
+    """The tied embedding, if the first and the last pipeline stage each hold a copy of it."""
 
     index: int
     """Index of this rank's copy in the vector of sums."""
@@ -152,7 +152,7 @@ class StableAdamW(DecoupledAdamW):
     """StableAdamW, as in the module docstring. Every rank of `sum_group` must call `step`, with or without shards."""
 
     def bind(self, slices: Mapping[torch.Tensor, Sequence[ShardSlice]], num_params: int, group: Any) -> None:
-        """Also keep the number of elements of each parameter, on the device."""
+        """Bind the shards, and keep the number of elements of each parameter on the device."""
         super().bind(slices, num_params, group)
         known = {part.param.index: part.param.numel for parts in self.slices.values() for part in parts}
         numels = [float(known.get(i, 1)) for i in range(num_params)]
@@ -215,13 +215,16 @@ class StableAdamW(DecoupledAdamW):
             weights.addcdiv_(m[part.elements], denominator[part.elements], value=-lr)
 
     def _is_compiled(self, p: torch.Tensor) -> bool:
-        """Return False also for ZeRO's tensors of several parameters and for those it keeps in host memory."""
+        """Return whether compiled kernels update `p`.
+
+        They do not update ZeRO's tensors of several parameters and those that it keeps in host memory.
+        """
         parts = self.slices[p]
         is_one = len(parts) == 1 and parts[0].elements == slice(None)
         return compile_enabled() and is_one and p.device == self._numels.device and p.is_contiguous()
 
     def _scalar(self, value: float) -> torch.Tensor:
-        """Return a device scalar, made once per step; filled there, because a copy from the host could wait."""
+        """Return a scalar on the device, made once per step; filled, because a copy from the host could wait."""
         if value not in self._scalars:
             self._scalars[value] = torch.full((), value, device=self._numels.device)
         return self._scalars[value]
@@ -231,7 +234,7 @@ class StableAdamW(DecoupledAdamW):
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` flattened, itself if flat: the compiler makes another kernel for each base tensor of a view."""
+    """Return `tensor` flattened, itself if it is flat, because the compiler makes a kernel for each base of a view."""
     return tensor if tensor.ndim == 1 else tensor.view(-1)
 
 

@@ -44,9 +44,9 @@ class ZeroShard:
 
 
 class DeepSpeedEngine(TrainEngine):
-    """TrainEngine around DeepSpeed's engine; see `TrainEngine` for what the methods promise.
+    """TrainEngine around DeepSpeed's engine. `TrainEngine` documents the contract of each method.
 
-    DeepSpeed reduces the gradients in its update and clears them after it, and nothing of a step continues after it.
+    DeepSpeed reduces the gradients in its update and clears them after it. No communication continues after a step.
     """
 
     # DeepSpeed knows the norm of the gradients only after it has updated the weights
@@ -113,7 +113,7 @@ class DeepSpeedEngine(TrainEngine):
 
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
-        """Gather the weights that ZeRO-3 partitions; where `writing`, keep what is written inside (collective)."""
+        """Gather the weights that ZeRO-3 partitions; if `writing`, keep what rank 0 writes to them (collective)."""
         if self.stage < 3:
             yield
             return
@@ -153,7 +153,7 @@ class DeepSpeedEngine(TrainEngine):
             weights.copy_(masters)
 
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
-        """Set the masters from the model's weights; none of them are stored in FP8."""
+        """Set the masters from the model's weights. `exact` is not used, because none of them are stored in FP8."""
         self.zero.refresh_fp32_params()
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ def build_zero(
 
 
 def engine_settings(config: Config, stage: int, compute: str, pinned: bool) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: one row and one micro-batch per step, because we split the batch ourselves."""
+    """Return DeepSpeed's configuration: one row and one micro-batch per step, because the caller splits the batch."""
     parallel = config.parallel
     offload = {"device": "cpu", "pin_memory": pinned}
     zero: dict[str, Any] = {
@@ -257,7 +257,7 @@ def _register_tied(zero: Any, chunk: Any) -> None:
 
 
 def _reduce_over_tensor_ranks(parameters: list[torch.nn.Parameter], group: Any) -> None:
-    """Sum the gradients of norms under sequence parallelism, where each rank's covers its own tokens only.
+    """Sum the gradients of norms under sequence parallelism; on each rank they cover its own tokens only.
 
     Core sums them once per step; ZeRO takes each gradient as soon as it is made, so this is a hook.
     """
@@ -279,7 +279,7 @@ def _flat_tensors(zero: Any) -> list[torch.Tensor]:
 
 
 def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, ZeroShard]]:
-    """Yield the name and this rank's shard of each parameter that it has one of."""
+    """Yield (name, this rank's shard) of each parameter of which this rank has a shard."""
     flats = _flat_tensors(zero)
     for name, p in module.named_parameters():
         # stage 3 splits each parameter in equal parts, of which the last are padded
@@ -326,7 +326,7 @@ def load_deepspeed() -> Any:
 def _release_globals() -> None:
     """Release what DeepSpeed keeps outside of its engines, because a process may train several runs.
 
-    That is torch's process groups, the models of ZeRO-3 (a cached method of its coordinators holds them, and with them
+    It keeps torch's process groups, the models of ZeRO-3 (a cached method of its coordinators holds them, and with them
     all groups and their threads), and its counters of modules and parameters, which ranks compare.
     """
     deepspeed = load_deepspeed()

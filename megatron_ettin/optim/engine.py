@@ -2,7 +2,7 @@
 
 Two engines implement it: `MegatronEngine` (optim/megatron.py) around core's optimizers, and `DeepSpeedEngine`
 (optim/deepspeed.py) around DeepSpeed's ZeRO. A step calls `zero_grad`, `schedule()`, `prepare`, `update` and `norm`.
-What not every engine has to do has a default here: core's schedule, the model's weights as they are, or nothing.
+Methods that not every engine needs have a default: core's schedule, the unchanged weights, or nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TrainEngine(Protocol):
     """Whether the gradient norm is known before the update, so that a bad step's update can be left out."""
 
     def zero_grad(self) -> None:
-        """Clear the gradients before a step, unless the engine does that after each."""
+        """Clear the gradients before a step, unless the engine clears them after each step."""
         return
 
     def schedule(self) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ class TrainEngine(Protocol):
         return schedule
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
-        """Register `callback` to run before the first sum of a step over the ranks."""
+        """Register `callback` to run in each step before gradients are first summed over ranks."""
 
     def prepare(self) -> None:
         """Reduce the gradients and compute their global norm, without waiting for the device (collective).
@@ -61,7 +61,7 @@ class TrainEngine(Protocol):
         return
 
     def summon_full_params(self, writing: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Make the model's weights readable (and writable where `writing`) inside the context (collective)."""
+        """Make the model's weights readable, and writable if `writing`, inside the context (collective)."""
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool) -> Any:
         """Return masters and moments as sharded tensors with the shapes of whole parameters (collective).
@@ -74,7 +74,7 @@ class TrainEngine(Protocol):
         """
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
-        """Take over the tensors that `sharded_state` requested, read from a checkpoint (collective)."""
+        """Take over the tensors of `sharded_state`, read from a checkpoint, and its count of `updates` (collective)."""
 
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Set the fp32 masters from the model's present weights, after loading weights alone.

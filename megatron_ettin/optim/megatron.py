@@ -111,7 +111,7 @@ class MegatronEngine(TrainEngine):
         }
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
-        """Load the tensors of a state that `sharded_state` laid out (collective)."""
+        """Take over the tensors of `sharded_state` and the number of `updates` (collective)."""
         if self.distributed:
             # only masters are copied, because the moments were read in place
             sharded_state.copy_masters(self.core, self._masters)
@@ -218,7 +218,7 @@ def _init_state(*_: Any) -> None:
 
 
 def param_info(model: torch.nn.Parameter, index: int, tensor_group: Any) -> ParamInfo:
-    """Return the size of an unsharded parameter, without the rows that pad it for tensor parallelism."""
+    """Return the description of a whole parameter; its size leaves out rows that pad it for tensor parallelism."""
     split = getattr(model, "tensor_model_parallel", False)
     rows = model.shape[0] * (tensor_group.size() if split else 1)
     numel = getattr(model, "real_rows", rows) * (model.numel() // model.shape[0])

@@ -25,7 +25,7 @@ EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
 
 @dataclass(frozen=True)
 class Matrix(ParamInfo):
-    """Description of a parameter that consists of matrices for Muon."""
+    """Description of a parameter that Muon updates as one or several matrices."""
 
     name: str
     head_channels: int

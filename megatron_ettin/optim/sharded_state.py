@@ -1,8 +1,8 @@
 """Describe the distributed optimizer's state as sharded tensors: each rank writes and reads its own shards.
 
 Core's own format that survives a change of layout (`fully_reshardable`) gathers every state on every data-parallel rank
-before writing, and reads all of it on each. The files can store boxes of a tensor, and a shard, a range of the
-flattened parameter, is a few boxes: the end of its first row, whole rows, the beginning of its last row.
+before writing, and reads all of it on each. The files can store boxes of a tensor. A shard is a range of the flattened
+parameter, so it consists of a few boxes: the end of its first row, whole rows, the beginning of its last row.
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ def entries_by_parameter(model_state: dict[str, Any]) -> dict[int, Any]:
 
 
 def empty_masters(core: Any) -> Masters:
-    """Return tensors to read a checkpoint's masters into.
+    """Return uninitialised tensors to read a checkpoint's masters into, by the id of their parameter.
 
-    In fp32 a master is the weight itself, which is loaded too and may have been rounded when it was written.
+    Masters are not read in place: in fp32 a master is the weight itself, which is loaded too, perhaps from rounded
+    values.
     """
     return {id(parameter): torch.empty_like(states["param"]) for parameter, _, states in local_shards(core)}
 
 
 def copy_masters(core: Any, masters: Masters) -> None:
-    """Set this rank's masters."""
+    """Copy `masters` to the optimizer's masters on this rank."""
     for parameter, _, states in local_shards(core):
         states["param"].copy_(masters[id(parameter)])
 
@@ -106,7 +107,7 @@ def to_sharded_tensors(entry: Any, prefix: str, flat: torch.Tensor, first: int) 
 
     Args:
         entry: the parameter's entry in the model's sharded state.
-        prefix: what their keys begin with.
+        prefix: beginning of their keys.
         flat: this rank's shard.
         first: index of its first element in the flattened parameter.
     """
