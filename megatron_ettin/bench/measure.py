@@ -146,15 +146,7 @@ def summarize(
     sent: dict[str, float],
     tensor_bytes: int,
 ) -> dict[str, Any]:
-    """Combine the figures of all ranks (collective).
-
-    Args:
-        train_state: the run.
-        results: results of the timed steps.
-        phases: seconds of each phase on this rank.
-        sent: bytes that this rank passes to each axis's groups.
-        tensor_bytes: peak bytes of this rank's tensors.
-    """
+    """Combine the figures of all ranks (collective); `phases`, `sent` and `tensor_bytes` are those of this rank."""
     world, platform = train_state.layout.topology.world, train_state.platform
     speeds = [result.step_tokens / result.seconds for result in results]
     rates = [result.flops / result.seconds / world for result in results]

@@ -40,7 +40,7 @@ TESTED = {
     "deepspeed": "0.19.8",
     "wandb": "0.31.0",
 }
-# from constraints-gpu.txt: chosen by what their files declare, not run yet (docs/gpu-validation.md)
+# from constraints-gpu.txt: chosen by the requirements that packages declare, not run yet (docs/gpu-validation.md)
 PINNED = {"transformer-engine": "2.12.0"}
 # extras that no run needs
 DEVELOPMENT_EXTRAS = ("test", "docs")

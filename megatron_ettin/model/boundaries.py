@@ -61,8 +61,8 @@ class ChunkBoundaries:
         Args:
             lengths: chunk lengths of each row, at most `seq_len` in sum.
             seq_len: tokens of a row.
-            slots: slot of each row within the step, on which dropout masks depend; by default 0, 1, ... If `flat`, it
-                must have the slot of each chunk.
+            slots: slot of each row within the step, on which dropout masks depend; by default 0, 1, ... If `flat`, the
+                slot of each chunk but the padding, without a default.
             causal_tokens: how many of the first tokens are in causal rows; None: by the model's objective.
             context: rank and degree of context parallelism.
             flat: whether the only row holds the step's rows end to end, one chunk each.
@@ -96,7 +96,7 @@ class ChunkBoundaries:
 
 
 def pin_arrays(record: Record) -> Record:
-    """Return a dataclass with its arrays as page-locked tensors, which a GPU copies while it computes."""
+    """Return a copy of a dataclass with page-locked tensors for its arrays, which a GPU copies while it computes."""
     import torch
 
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}

@@ -33,7 +33,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options of the loss: the rank's part of the vocabulary, and what is computed for the gradients."""
+    """Options of the loss: the rank's part of the vocabulary, padding of the labels, and scale of the gradients."""
 
     first: int = 0
     """Index of this rank's first row in the vocabulary."""

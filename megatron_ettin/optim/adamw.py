@@ -10,9 +10,9 @@ per step. AdamW is the same without rms, in its usual bias-corrected form. In bo
 weight loses per step at lr = max_lr, independent of the peak learning rate ("fully decoupled").
 
 Compiled, StableAdamW's update is two kernels per tensor. Its cost is memory traffic: 36 bytes per weight (gradient,
-moments read and written; then moments, weight read and written), a third of that of single operations. Values that
-change between steps are passed as tensors on the device, so nothing is recompiled and the host never waits to read a
-clip factor.
+moments read and written; then moments, weight read and written), a third of that of one operation at a time. Values
+that change between steps are passed as tensors on the device, so nothing is recompiled and the host never waits to read
+a clip factor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ParamInfo:
     numel: int
     """Elements of the whole tensor, without rows that pad it."""
     is_counted: bool
-    """Whether this rank adds its values to the sums; False where a tensor-parallel rank adds the same values."""
+    """Whether this rank adds its values to the sums; False if another tensor-parallel rank adds the same."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class DecoupledAdamW(torch.optim.AdamW):
     """
 
     device = torch.device("cpu")
-    """Set by the engines, because a rank without shards has no parameter to take it from."""
+    """Device of the sums. The engines set it, because a rank without shards has no parameter to take it from."""
     tied: TiedCopies | None = None
-    """Set by `build_optimizer` on the pipeline stages that hold a copy."""
+    """The tied embedding; `build_optimizer` sets it on the pipeline stages that hold a copy."""
 
     def bind(self, slices: Mapping[torch.Tensor, Sequence[ShardSlice]], num_params: int, group: Any) -> None:
         """Set which parameters each updated tensor consists of, and allocate their moments.
@@ -173,7 +173,7 @@ class StableAdamW(DecoupledAdamW):
             first = dist.get_global_rank(self.tied.group, 0)
             dist.broadcast(sums[self.tied.index : self.tied.index + 1], src=first, group=self.tied.group)
         clips = (sums / self._numels).sqrt_().clamp_(min=1)
-        # reading them waits for the device: once, and only where an update is not compiled
+        # reading them waits for the device: once, and only if an update is not compiled
         on_host: Callable[[], list[float]] = functools.cache(clips.tolist)
         for group, p in self._with_gradients():
             self._update_weights(group, p, clips, on_host)

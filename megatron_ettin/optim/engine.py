@@ -43,7 +43,7 @@ class TrainEngine(Protocol):
     def prepare(self) -> None:
         """Reduce the gradients and compute their global norm, without waiting for the device (collective).
 
-        An engine that does this in `update` does nothing here.
+        An engine that does this in `update` leaves this method empty.
         """
         return
 
@@ -91,5 +91,5 @@ class TrainEngine(Protocol):
         return model_state
 
     def close(self) -> None:
-        """Release what the engine holds outside of its own objects."""
+        """Release the state that the engine keeps outside of its own objects."""
         return

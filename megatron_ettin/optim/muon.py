@@ -52,7 +52,7 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Muon(StableAdamW):
-    """Muon, as in the module docstring. Its groups have `momentum` and `adjust_lr`; `bind` tells which are matrices."""
+    """Muon, as in the module docstring. Its groups have `momentum` and `adjust_lr`; a `Matrix` describes a matrix."""
 
     def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._matrix(p) is not None:

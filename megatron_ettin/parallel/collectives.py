@@ -51,7 +51,7 @@ def broadcast_object(value: Value) -> Value:
 
 
 def run_on_rank_zero(function: Callable[[], Value], *caught: type[Exception]) -> Value:
-    """Call a function on rank 0 alone and return what it returned on every rank.
+    """Call a function on rank 0 alone and return its result on every rank.
 
     Args:
         function: the function, without arguments.

@@ -147,7 +147,7 @@ def destroy_model_parallel() -> None:
     """Destroy core's groups; `process_groups` destroys torch's default group. Groups left undestroyed leak threads."""
     ps.destroy_model_parallel()
     for name, value in list(vars(ps).items()):
-        # core 0.16 forgets one, whose connections would stay open
+        # core 0.16 keeps one of its groups, whose connections would stay open
         if isinstance(value, dist.ProcessGroup):
             setattr(ps, name, None)
     gc.collect()

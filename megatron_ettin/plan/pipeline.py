@@ -23,16 +23,10 @@ Pass = tuple[str, int, int]
 
 
 def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Pass]:
-    """Return the passes of a pipeline rank in core's order.
-
-    Args:
-        rank: the pipeline rank.
-        ranks: number of pipeline ranks.
-        chunks: model chunks per rank; more than one are interleaved.
-        micro_batches: number of micro-batches.
+    """Return the passes of a pipeline rank in core's order; several model chunks per rank are interleaved.
 
     Raises:
-        ValueError: chunks are interleaved, and the micro-batches are no multiple of the ranks.
+        ValueError: there are several chunks, and the micro-batches are no multiple of the ranks.
     """
     if chunks > 1 and micro_batches % ranks:
         raise ValueError(f"{micro_batches} micro-batches are no multiple of {ranks} pipeline ranks")

@@ -20,7 +20,7 @@ from megatron_ettin.plan.step_time import StepModel, StepTime, operations_per_to
 
 # share of a GPU's memory; the driver, NCCL and gaps of the allocator need the rest
 USABLE_MEMORY = 0.92
-# context parallelism is tried for rows of so many tokens or more
+# fewest tokens of a row for which context parallelism is tried
 LONG_ROWS = 4096
 MOST_STAGES, CHUNKS = 16, (1, 2, 4, 7)
 # pipeline degrees that are tried even if they do not divide the GPUs, so that the reason is reported
@@ -162,18 +162,10 @@ def micro_batch_sizes(batch: BatchConfig, dp: int) -> list[int]:
 def apply_layout(
     config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]
 ) -> Config:
-    """Return the configuration in a layout.
+    """Return the configuration in a layout with `rows` of a micro-batch on hosts of `node` GPUs.
 
-    Args:
-        config: the run.
-        degrees: axis -> degree.
-        rows: rows of a micro-batch.
-        recompute: value of `parallel.recompute`.
-        node: GPUs per host.
-        given: keys that keep their values; other keys of `parallel` get usual ones.
-
-    Raises:
-        UserError: tensor parallelism would span hosts.
+    Keys that are `given` keep their values; others of `parallel` get usual ones. Raises UserError if tensor parallelism
+    would span hosts.
     """
     if degrees["tp"] > node:
         raise UserError(

@@ -6,7 +6,7 @@ A GPU spends a quarter of a bf16 step, and more of an FP8 one, on memory traffic
 Engine fuses the norms; the rest (rotation, gate, dropout with its hash, softmax of the vocabulary) is decorated here.
 Uncompiled they are ordinary functions on every device: compiling takes seconds, too long for short CPU runs.
 
-`CapturedGraph` launches many kernels together, which helps where they are shorter than the time that the host needs to
+`CapturedGraph` launches many kernels together, which helps if they are shorter than the time that the host needs to
 launch them.
 """
 

@@ -1,6 +1,6 @@
 """Describe the device of a rank as a `Platform`, which the floors above use instead of torch.cuda.
 
-`detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, and `platform.cpu`
+`detect("auto")` takes the GPU if there is one. On the CPU the same Megatron-Core runs over gloo, and `platform.cpu`
 emulates the few CUDA calls it makes.
 """
 
@@ -46,12 +46,12 @@ class Platform:
 
     @property
     def has_transformer_engine(self) -> bool:
-        """Return whether Transformer Engine's layers run here."""
+        """Return whether Transformer Engine's layers run on this device."""
         return self.is_gpu and have_transformer_engine()
 
     @property
     def missing_for_transformer_engine(self) -> str | None:
-        """Return why Transformer Engine's layers do not run here; None if they do."""
+        """Return why Transformer Engine's layers do not run on this device; None if they do."""
         if self.has_transformer_engine:
             return None
         if not self.is_gpu:
@@ -128,12 +128,12 @@ class Platform:
             raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
 
     def check_offload(self, layers: int) -> None:
-        """Raise UserError for offloaded activations where Transformer Engine, which moves them, does not run."""
+        """Raise UserError for offloaded activations if Transformer Engine, which moves them, does not run."""
         if layers and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
 
     def check_tp_overlap(self, wanted: bool) -> None:
-        """Raise UserError for overlapped tensor parallelism where Transformer Engine, which does it, does not run."""
+        """Raise UserError for overlapped tensor parallelism if Transformer Engine, which does it, does not run."""
         if wanted and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
 

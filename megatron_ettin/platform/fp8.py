@@ -2,8 +2,9 @@
 
 Delayed scaling keeps a scale for each input, weight and gradient of a linear and the maxima it came from; without them
 a resumed run would begin with scales of one. Transformer Engine keeps them in a linear's `fp8_meta` and would pickle
-them into `_extra_state`; here they are a few named tensors. They are equal on all tensor-, data- and context-parallel
-ranks, because core reduces the maxima over all of them in every step: one copy is stored, and any layout reads it.
+them into `_extra_state`; checkpoints have a few named tensors instead. They are equal on all tensor-, data- and
+context-parallel ranks, because core reduces the maxima over all of these in every step: one copy is stored, and any
+layout reads it.
 
 Weights stored in FP8 (`precision.fp8_weights`) are Transformer Engine's quantized tensors. Core makes them
 (`fp8_param`), gathers their bytes and casts masters to them. This module adds what core leaves out: the exact values

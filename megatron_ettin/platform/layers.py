@@ -72,7 +72,7 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         UserError: the requested attention kernel does not run on this platform.
     """
     choice = choose_attention(attention, platform, precision)
-    # core stores its choice in these variables, and refuses another one later in this process
+    # core stores its choice in these variables, and refuses another choice later in this process
     for name in ("FLASH", "FUSED", "UNFUSED"):
         os.environ.pop(f"NVTE_{name}_ATTN", None)
     with warnings.catch_warnings():
@@ -101,8 +101,8 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
 def _bias_free_norm_linear() -> Any:
     """Return Transformer Engine's fused LayerNorm and column-parallel linear, without the norm's bias.
 
-    TE's LayerNorm always has a bias; the recipe's norms have none. Here it is a constant of zeros instead of a
-    parameter: nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local
+    TE's LayerNorm always has a bias; the recipe's norms have none. This class makes it a buffer of zeros instead of
+    a parameter: nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local
     layers'.
     """
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear

@@ -76,7 +76,7 @@ class PeakMemoryTracker(TorchDispatchMode):
             return
         try:
             storage = tensor.untyped_storage()
-        # a subclass without a storage of its own
+        # a subclass of tensors that has no storage
         except NotImplementedError:
             return
         key = storage._cdata
