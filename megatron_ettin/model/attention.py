@@ -83,7 +83,7 @@ class _RotaryAttention(MegatronModule):
 
 
 class KernelAttention(_RotaryAttention):
-    """Attention by a function of boundaries and window: `attend` (the default) or another `attend_*` of this module."""
+    """Attention by a function of boundaries and window: `attend` (the default), or that of a GPU kernel."""
 
     def __init__(
         self,

@@ -139,7 +139,10 @@ def best_interval(failures: FailureModel, gpus: int) -> float:
 
 
 def goodput(failures: FailureModel, gpus: int, interval: float | None = None) -> float:
-    """Return the share of time whose training is kept (Daly 2006, equation 20); `interval`: as of `best_interval`."""
+    """Return the share of time whose training is kept (Daly 2006, equation 20).
+
+    `interval`: seconds of training between checkpoints, by default those of `best_interval`.
+    """
     mean, cost = failures.mean_seconds(gpus), failures.checkpoint_seconds
     tau = best_interval(failures, gpus) if interval is None else interval
     try:

@@ -48,7 +48,7 @@ def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Co
 
     Args:
         config: configuration from `parse`, whose schedule spans `run.tokens`.
-        free: keys of `SPAN` that may be scaled. Nothing is scaled without `schedule.end_tokens`, or if that is set.
+        free: keys of `SPAN` that may be scaled; none is if `schedule.end_tokens` is not among them or is set.
         row_tokens: mean tokens of a row.
     """
     if config.schedule.end_tokens is not None or "schedule.end_tokens" not in free:

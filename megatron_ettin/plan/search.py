@@ -164,8 +164,8 @@ def apply_layout(
 ) -> Config:
     """Return the configuration in a layout with `rows` of a micro-batch on hosts of `node` GPUs.
 
-    Keys that are `given` keep their values; others of `parallel` get usual ones. Raises UserError if tensor parallelism
-    would span hosts.
+    Unless they are `given`, `sequence_parallel`, `distributed_optimizer` and `overlap` get usual values. Raises
+    UserError if tensor parallelism would span hosts.
     """
     if degrees["tp"] > node:
         raise UserError(
@@ -219,7 +219,7 @@ def nearest_miss(rejected: list[RejectedLayout]) -> str:
 
 
 def limit_to_relax(reason: str, parallel: ParallelConfig, gpus: int) -> str:
-    """Return the end of a message that names the limits to relax; an empty text if the reason is another."""
+    """Return the limits to relax, as the end of a message; an empty text if no limit is the reason."""
     degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
     given = ", ".join(f"parallel.{axis}={size}" for axis, size in degrees.items() if size > 1)
     ranks = parallel.tp * parallel.pp * parallel.cp

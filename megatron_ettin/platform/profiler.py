@@ -74,7 +74,7 @@ class Profiler:
 
 
 def summary(averages: Any, is_gpu: bool) -> str:
-    """Return a table of the operations with most time of their own, without operations they call; on a GPU its time."""
+    """Return a table of the operations with most time of their own: device time on a GPU, else CPU time."""
     attribute = "self_device_time_total" if is_gpu else "self_cpu_time_total"
     rows = [(getattr(entry, attribute), entry.count, entry.key) for entry in averages]
     rows = sorted((row for row in rows if row[0] > 0), reverse=True)
