@@ -57,7 +57,7 @@ class MeasuredRun:
 
     @property
     def step_seconds(self) -> float:
-        """Return the measured seconds of a step."""
+        """Return the measured seconds of a step, which is taken to have full rows."""
         tokens = self.config.batch.global_batch_rows * self.config.data.seq_len
         return tokens / self.gpus / self.tokens_per_second_per_gpu
 
