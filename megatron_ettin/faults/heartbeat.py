@@ -39,7 +39,8 @@ DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE = (
 # order in which a rank passes the phases; a phase that is not listed counts as earlier than all
 ORDER = (
     *("starting", "first step", "evaluating", BETWEEN_STEPS, "waiting for a save", "saving weights"),
-    *("saving a checkpoint", "going on from a save", DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE),
+    *("saving a checkpoint", "going on from a save", "writing the report", "stopped", "done"),
+    *(DATA, COMPUTE, REDUCE, UPDATE, FIGURES, LATE_UPDATE, "computing a step again"),
 )
 
 Item = TypeVar("Item")

@@ -165,7 +165,7 @@ def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
     listed = order.get("datasets")
     known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
     other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
-    return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
+    return f" (dataset {', '.join(other)} holds other tokens than at the latest launch)" if known and other else ""
 
 
 def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.launch import supervisor
-from megatron_ettin.launch.supervisor import failed_rank, log
+from megatron_ettin.launch.supervisor import failed_rank, log, slurm
 from megatron_ettin.launch.supervisor.check_node import find_problems
 from tests.launch.cluster import wait_until
 
@@ -242,3 +242,15 @@ def test_check_node_names_each_problem(tmp_path: Path) -> None:
     (full,) = find_problems({**wanted, "min_free_gib": 1e9})
     assert "GiB free, 1e+09 are needed" in full
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_nodes_without_an_answer_of_slurm_names_no_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    job = slurm.SlurmJob({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
+    assert slurm.expand_hosts(job.node_list) == []
+    assert slurm.check_nodes(job, str(tmp_path), [], [], 0.0) == {}
+    assert "the nodes are not checked, because SLURM does not name them: node[1-2]" in capfd.readouterr().err

@@ -275,3 +275,15 @@ def test_array_rows_matrix_yields_one_sequence_per_row(encoding: str) -> None:
     assert [row.tolist() for row in array_rows(raw, encoding, "here")] == matrix.tolist()
     with pytest.raises(UserError, match=f"here: damaged ndarray of {len(raw) - 2} bytes"):
         array_rows(raw[:-2], encoding, "here")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "raw", "rows"),
+    [
+        ("ndarray:uint16:0", b"", [[]]),
+        ("ndarray:uint16", bytes([1 << 2, 0]), [[]]),
+        ("ndarray:uint16", bytes([2 << 2, 2, 0]), [[], []]),
+    ],
+)
+def test_array_rows_without_elements_are_empty_sequences(encoding: str, raw: bytes, rows: list[list[int]]) -> None:
+    assert [row.tolist() for row in array_rows(raw, encoding, "here")] == rows

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from .log import log_line
+
 # timeout of a SLURM command, whose controller may be busy
 PATIENCE_SECONDS = 20.0
 # most attempts to change the excluded nodes, 0.2 s apart
@@ -45,8 +47,11 @@ def run_command(command: Sequence[str]) -> CommandResult:
 
 
 def expand_hosts(node_list: str) -> List[str]:
-    """Expand SLURM's list of nodes, such as `n[1-3]`, to names, in order; empty for an empty list."""
-    return run_command(["scontrol", "show", "hostnames", node_list]).text.split() if node_list else []
+    """Expand SLURM's list of nodes, such as `n[1-3]`, to names, in order; empty if SLURM does not answer."""
+    if not node_list:
+        return []
+    result = run_command(["scontrol", "show", "hostnames", node_list])
+    return result.text.split() if result.status == 0 else []
 
 
 class SlurmJob:
@@ -137,6 +142,8 @@ def check_nodes(
     """
     hosts = expand_hosts(job.node_list)
     if not hosts:
+        if job.node_list:
+            log_line("the nodes are not checked, because SLURM does not name them: {}".format(job.node_list))
         return {}
     folder = os.path.abspath(folder)
     shared_file = os.path.join(folder, ".tmp-seen-by-all-{}-{}".format(job.id, job.restarts))

@@ -218,7 +218,7 @@ def sample_columns(sample: bytes, shard: MdsShard, where: str) -> list[bytes]:
     """Return the columns of a sample, as bytes. Raises UserError."""
     position, sizes = 0, []
     for _, _, fixed in shard.columns:
-        if fixed:
+        if fixed is not None:
             sizes.append(fixed)
             continue
         if position + SIZE.size > len(sample):
@@ -268,7 +268,7 @@ def array_rows(raw: bytes, encoding: str, where: str) -> list[npt.NDArray[np.int
             position += dimensions * np.dtype(dtype).itemsize
         values = np.frombuffer(raw, np.dtype(dtype_name).newbyteorder("<"), offset=position)
         if values.size == int(np.prod(shape)):
-            return list(values.reshape(-1, shape[-1]))
+            return list(values.reshape(int(np.prod(shape[:-1])), shape[-1]))
     except (IndexError, KeyError, ValueError):
         pass
     raise UserError(f"{where}: damaged ndarray of {len(raw)} bytes")
