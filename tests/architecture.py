@@ -1,7 +1,7 @@
-"""The rules of docs/architecture.md, executable: each reads the syntax trees of the package and names every breach.
+"""The rules of docs/architecture.md as code: each rule reads the package's syntax trees and yields every breach.
 
 A rule is a function from one module (its path in the package, its tree, its text) to breaches.
-tests/test_architecture.py runs the rules, and proves that each catches what it is for."""
+tests/test_architecture.py runs the rules, and shows that each one catches a breach."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FLOORS = {
     **dict.fromkeys(("cli", "api"), 9),
     "__main__": 10,
 }
-# its rooms work together; no module of theirs may import another that imports it
+# rooms of this floor may import from each other, but no two modules may import each other
 OPEN_FLOOR = 8
 MEGATRON_ROOMS = {"parallel", "platform", "model", "optim", "checkpoint", "train"}
 DEEPSPEED_ROOMS = {"platform", "optim"}
-# what a run calls while it trains
+# rooms whose code runs while a run trains
 WHILE_TRAINING = {
     *("train", "faults", "evaluate", "runs", "metrics", "platform", "parallel"),
     *("data", "model", "batching", "optim", "checkpoint"),
@@ -40,12 +40,12 @@ PRINTING = {"stdout", "stderr", "__stdout__", "__stderr__", "print_exc", "print_
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 DEVICE_NAMES = {"nccl", "gloo", "cuda"}
 FEWEST_FILE_LINES, MOST_FILE_LINES, MOST_FUNCTION_LINES = 60, 400, 80
-# words of an earlier vocabulary, which readers of Megatron-LM or torchtitan do not know; also as a part of a name
+# words that readers of Megatron-LM or torchtitan would not know; a name may not contain one as a part either
 BANNED_WORDS = {
     *("asked", "beside", "chief", "culprit", "found", "heart", "kind", "kinds", "place", "places", "said"),
     *("settle", "settled", "tell", "tells", "told", "unread", "wish", "words"),
 }
-# what other libraries and older files call something: a part of their name
+# parts of names that other libraries or older files chose, which may contain a banned word
 NAMES_OF_OTHERS = {"in_place", "not_found"}
 BANNED_CLASSES = {
     *("Bad", "Ended", "Fusible", "Guard", "HeldOut", "Inert", "InOrder", "KeyedOrder", "GivenOrder", "Labeller"),
@@ -71,7 +71,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        """Return the package or top-level module that it is part of: "data", "metrics"."""
+        """Return the module's room, a package or a top-level module, such as "data" or "api"."""
         return self.path.partition("/")[0].removesuffix(".py")
 
     def imports(self, nodes: ast.AST | None = None) -> Iterator[tuple[int, str]]:
@@ -98,7 +98,7 @@ class Module:
                 yield line, name
 
     def defined_names(self) -> Iterator[tuple[int, str]]:
-        """Yield (line, name) of each function, class, parameter, variable, field and attribute that it defines."""
+        """Yield (line, name) of each function, class, parameter, variable, field and attribute that the module defines."""
         for node in self.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 yield node.lineno, node.name
@@ -200,7 +200,7 @@ def prints_only_in_cli(module: Module) -> Iterator[str]:
 
 
 def lines_only_through_the_run_log(module: Module) -> Iterator[str]:
-    """Find what writes in another way: it can end a run whose log cannot be written."""
+    """Find writes that bypass the run log: such a write can end a run whose log cannot be written."""
     if module.room not in WHILE_TRAINING:
         return
     for node in module.nodes:
@@ -233,9 +233,10 @@ def short_functions(module: Module) -> Iterator[str]:
 
 
 def names_from_files_become_paths_in_one_place(module: Module) -> Iterator[str]:
-    """Follow what is read of a file through the assignments and loops of each function to `/`, `with_name` and `join`.
+    """Find names that come from a file and are joined to a path (`/`, `with_name`, `join`) without a check.
 
-    What a function is given as an argument is not followed, only its fields that hold names (`NAME_FIELDS`)."""
+    Values are followed through the assignments and loops of one function. Of a function's arguments, only the fields
+    in `NAME_FIELDS` count as read from a file."""
     if module.path in ("base/paths.py", "prepare/filesystem.py"):
         return
     functions = [node for node in module.tree.body if not isinstance(node, ast.ClassDef)]
@@ -274,7 +275,7 @@ NAME_CHECKS = {
 
 
 def is_read(node: ast.AST, read: set[str]) -> bool:
-    """Return whether an expression holds something out of a file; what has been checked does not count."""
+    """Return whether an expression holds a value read from a file that no function of `NAME_CHECKS` has checked."""
     if isinstance(node, ast.Call):
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if called in NAME_CHECKS:
@@ -289,7 +290,7 @@ def is_read(node: ast.AST, read: set[str]) -> bool:
 
 
 def names_read(nodes: list[ast.AST]) -> set[str]:
-    """Return the variables of a function that hold something out of a file."""
+    """Return the names of a function's variables that hold a value read from a file."""
     read: set[str] = set()
     while True:
         before = len(read)

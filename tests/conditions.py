@@ -15,7 +15,7 @@ from unittest import mock
 
 @contextlib.contextmanager
 def _stop_in(phase: str) -> Iterator[None]:
-    """Deliver a signal to stop in the second step of a phase."""
+    """Deliver a stop signal in the second step of a phase."""
     from megatron_ettin.train import trainer
     from megatron_ettin.train.progress import ControlSignal
 
@@ -38,7 +38,7 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 
 @contextlib.contextmanager
 def late_updates_are_printed() -> Iterator[None]:
-    """Print a line for each update that waited for the verdict on its step's figures."""
+    """Print a line for each update that waited for the anomaly detector."""
     from megatron_ettin.faults.heartbeat import LATE_UPDATE, Heartbeat
 
     set_phase = Heartbeat.set_phase
@@ -54,8 +54,8 @@ def late_updates_are_printed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fp32_orthogonal() -> Iterator[None]:
-    """Iterate Muon in fp32. In bfloat16 a gradient's last bit moves an update by a part in 256, which
-    would hide a wrong shard."""
+    """Run Muon's iterations in fp32. In bfloat16 the last bit of a gradient changes an update by 1/256,
+    which would hide a wrong shard."""
     from megatron_ettin.optim import muon
 
     with mock.patch.object(muon, "orthogonal_updates", newton_schulz):
@@ -63,7 +63,7 @@ def fp32_orthogonal() -> Iterator[None]:
 
 
 def newton_schulz(matrices, adjust_lr: str):
-    """https://kellerjordan.github.io/posts/muon, with the step sizes of torch.optim.Muon."""
+    """Return Muon's updates in fp32 (https://kellerjordan.github.io/posts/muon), scaled as torch.optim.Muon does."""
     results = []
     for g in matrices:
         rows, columns = g.shape
@@ -78,8 +78,9 @@ def newton_schulz(matrices, adjust_lr: str):
 
 @contextlib.contextmanager
 def delayed_scales() -> Iterator[None]:
-    """Give linears the state that Transformer Engine gives them in FP8 with delayed scaling, made at their
-    first forward pass in training, and changed by each. TE needs a GPU: what is tested is what we keep of it."""
+    """Give linears a stand-in for the state of Transformer Engine's delayed FP8 scaling, which needs a GPU.
+
+    It is made in a linear's first forward pass in training and changed by each one. This tests saving and restoring."""
     import torch
 
     from megatron_ettin.checkpoint import state
@@ -119,8 +120,9 @@ def delayed_scales() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replayed_on_a_cpu() -> Iterator[None]:
-    """Run `runtime.cuda_graph` without CUDA. Every call finds its inputs in the same memory, in the same shapes,
-    and leaves its outputs in the same memory, as in a recording; what it cannot show is the recording itself."""
+    """Run `runtime.cuda_graph` without CUDA: no graph is captured, but memory is used as in a replay.
+
+    Every call reads its inputs from the same buffers, in the same shapes, and writes its outputs to the same buffers."""
     import torch
 
     from megatron_ettin.platform.device import Platform
@@ -154,7 +156,7 @@ def replayed_on_a_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replayed_on_a_cpu_with_a_metric() -> Iterator[None]:
-    """Add a metric of the losses where the documentation says, in a run that replays."""
+    """Add a metric in `add_losses`, as docs/architecture.md advises, to a run with `replayed_on_a_cpu`."""
     from megatron_ettin.train import step
 
     real = step.add_losses
@@ -169,7 +171,7 @@ def replayed_on_a_cpu_with_a_metric() -> Iterator[None]:
 
 @contextlib.contextmanager
 def slow_saves_and_evaluations() -> Iterator[None]:
-    """Make each save and evaluation take longer than a step may."""
+    """Make each save and evaluation take 3.5 s longer, which is more than a step may take."""
     from megatron_ettin.train import saving
     from megatron_ettin.train.hooks import metrics
 
@@ -196,7 +198,7 @@ def wandb_offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def room_after_step_8() -> Iterator[None]:
-    """Free the disk after the eighth step."""
+    """Delete the file that fills the disk after the eighth step."""
     from megatron_ettin.train.hooks import metrics
 
     real = metrics.Metrics.step

@@ -1,5 +1,5 @@
-"""Digests of files and of their blocks: independent of how they are read, naming what has changed, read in every format
-that was ever written."""
+"""Digests of files and of their blocks: they do not depend on how files are read, they name what has changed, and every
+format that was ever written can be read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 1000
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(digests, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(digests, "_READ_BYTES", 300)  # no divisor
+    monkeypatch.setattr(digests, "_READ_BYTES", 300)  # does not divide BLOCK
 
 
 def sealed(folder: Path, sizes: dict[str, int], seed: int = 1) -> Path:

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, and locks that another process has."""
+"""Folders that are either complete or absent, and locks that another process holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""base/log.py: plain lines through a logger that users of the API can redirect."""
+"""base/log.py writes plain lines through a logger that users of the API can redirect."""
 
 from __future__ import annotations
 

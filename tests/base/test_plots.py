@@ -1,4 +1,4 @@
-"""Plots: medians neither lag nor follow spikes, buckets keep them, any numbers can be drawn."""
+"""Plots: medians neither lag nor follow spikes, buckets keep spikes, and any numbers can be drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches on the device: those of padded batching are padded at their end only, and alike for pipeline stages."""
+"""Micro-batches on the device: with padded batching they are padded at their end only, alike on all pipeline stages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_padded_batches_of_pipeline_stages_have_one_shape_a_step(corpus: Path) -
 
 
 def test_batches_step_out_of_order_while_prefetching_is_made_in_process(corpus: Path) -> None:
-    """The replay check runs a step again, after the loader has gone on to the next one."""
+    """A step that the replay check repeats while the loader prefetches the next one is made in this process."""
     batches = batches_of(corpus, "mlm", [])
     expected = [[batch.labels.tolist() for batch in batches.step(step)] for step in (0, 0, 1)]
     with batches.prefetched(0, None):

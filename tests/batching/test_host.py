@@ -40,14 +40,14 @@ def plain(value: Any) -> Any:
 
 
 def real_rows(host: HostBatches, batch: HostBatch) -> list[bool]:
-    """Return for each row whether it holds tokens."""
+    """Return, for each row of the micro-batches, whether it holds tokens."""
     return (np.asarray(batch.input_ids) != host.corpus.pad_id).any(axis=1).tolist()
 
 
 def test_host_batch_pinned_has_every_array_as_a_tensor_in_page_locked_memory(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a host without a GPU, which has no page-locked memory, pinning is a mark on the tensor."""
+    """Page-locked memory needs a GPU, so pinning is simulated by a mark on the tensor."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: setattr(tensor, "marked", True) or tensor)
     batch = host_batches(corpus).make(0, 0)
     pinned = batch.pin_memory()
@@ -86,7 +86,7 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
 
 @pytest.mark.parametrize("dp", [3, 4])
 def test_host_batches_during_batch_warmup_spread_rows_evenly(corpus: Path, dp: int) -> None:
-    """3 growing to 8 rows a step in micro-batches of at most 2: no rank computes for lack of rows of its own."""
+    """Steps grow from 3 to 8 rows in micro-batches of at most 2; see that each rank gets its even share of rows."""
     ranks = [host_batches(corpus, dp=dp, dp_rank=rank) for rank in range(dp)]
     for step in (0, 5, 40):
         rows = ranks[0].sizes.size_at(step)

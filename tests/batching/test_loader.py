@@ -1,5 +1,5 @@
-"""The loader yields the same micro-batches with any number of worker processes and from any step on, and its workers
-exit with the run, however it ends."""
+"""The loader yields the same micro-batches with any number of workers and from any step on. Its workers exit with the
+run, however the run ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.train.runs import command, train
 
 
 def content(batches: Iterable[HostBatch]) -> list[tuple]:
-    """Return all that is in these micro-batches."""
+    """Return the arrays of these micro-batches as plain values that can be compared."""
     return [plain(batch) for batch in batches]
 
 
@@ -100,7 +100,7 @@ def test_loader_killed_worker_is_reported(corpus: Path) -> None:
 def loading_processes(pid: int) -> list[psutil.Process]:
     """Return the loader workers of a process: the children of its multiprocessing's fork server.
 
-    The tests' own fork server (tests/forkserver.py) may be a child of this process too, and has other tests' ranks.
+    The tests' own fork server (tests/forkserver.py) may also be a child of this process; its children are other ranks.
     """
     children = psutil.Process(pid).children()
     servers = [child for child in children if "multiprocessing.forkserver" in " ".join(child.cmdline())]
@@ -145,7 +145,7 @@ def test_data_order_with_workers_is_not_read_past_its_end(pool: Pool, corpus: Pa
 
 
 def train_in_own_group(*overrides: str) -> int:
-    """Run `ettin WORDS` in this process, as the leader of a process group."""
+    """Run `ettin` with these arguments in this process, which becomes the leader of a process group."""
     os.setsid()
     with mutated(None):
         return main(list(overrides))
@@ -185,7 +185,7 @@ def workers_after_a_step(child: Child, folder: Path) -> list[psutil.Process]:
 
 
 def heeded_signals(process: psutil.Process) -> set[str]:
-    """Return the names of the signals of a scheduler that a process neither blocks nor ignores."""
+    """Return the names of the scheduler's signals that a process neither blocks nor ignores."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     masks = dict(line.split(":\t") for line in lines if line.startswith(("SigBlk", "SigIgn")))
     left_out = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
@@ -225,7 +225,7 @@ def test_sigterm_to_process_group_saves_and_exits_75(start: Callable[[str], Chil
 
 @pytest.mark.full
 def test_train_finished_run_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
-    """The command as users start it, in a process group of its own."""
+    """Start the command as users do, in a new process group, and see the group empty at its end."""
     overrides = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", "run.steps=3"])
     process = subprocess.Popen([sys.executable, "-m", "megatron_ettin", *overrides], start_new_session=True)
     assert process.wait(timeout=120) == 0

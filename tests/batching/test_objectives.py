@@ -1,5 +1,5 @@
-"""Masking rates by count, masks that depend on the order index alone, labels that never cross a chunk, and the share of
-causal rows, on average and at every point of its schedule."""
+"""Masking: rates by count, masks that depend on the order index alone, labels that never cross a chunk, and the share
+of causal rows, on average and at every point of its schedule."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_clm_labels_are_shifted_inside_chunks() -> None:
 
 def test_mntp_labels_are_mlm_labels_shifted_by_one() -> None:
     """Masks are those of mlm except on a chunk's first token; labels are shifted by one inside the chunk."""
-    # no special tokens, so that first tokens could be masked
+    # chunks without special tokens, so that a chunk's first token can be masked
     vocabulary = SimpleNamespace(vocab_size=VOCAB_SIZE, special_ids=(), mask_id=MASK)
     rule = make_collator("mntp", vocabulary, 0.3, 21, "pretrain")
     plain = make_collator("mlm", vocabulary, 0.3, 21, "pretrain")

@@ -67,7 +67,7 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
     assert "MFU: of" in output
     assert "a step of the fastest" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # a second launch measures nothing and prints the table again
+    # the second launch measures nothing and prints the table again
     before = out.read_text()
     assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *arguments)
     assert out.read_text() == before
@@ -103,12 +103,12 @@ def test_bench_on_one_rank_reports_no_communication_and_one_peak(pool: Pool, tmp
     for row in rows:
         assert not [phase for phase in row["phase_seconds"] if phase.startswith("communication")]
         assert row["communication_bytes"] == {}
-        # --quick leaves what a site file sets
+        # --quick does not override what the user config sets
         assert row["micro_batch_rows"] == 4
 
 
 def test_bench_steps_run_anomaly_detector_before_update(pool: Pool, tmp_path: Path) -> None:
-    """Whether the update waits for the step's figures is part of the time that is measured."""
+    """Run the anomaly detector as training does, because the update's wait for it is part of the measured time."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE, "batch.micro_batch_rows=1"]
     (actual,) = pool.run(1, line, mutation="late_updates_are_printed")
     assert actual.status == 0, actual.output[-2000:]
@@ -126,7 +126,7 @@ def test_plan_calibrate_fits_every_bench_measurement(
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["calibration"]) == 2
     assert answer["layouts"]
-    # least squares with one positive column guarantees this, however much the two times disagree on a busy host
+    # least squares with one positive column guarantees this, even if the two times disagree on a busy host
     assert all(abs(row["measured"] / row["predicted"] - 1) < 1 for row in answer["calibration"])
 
 
@@ -218,7 +218,7 @@ def test_bench_device_of_config_or_phase_override_is_used(
 
 
 def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_path: Path) -> None:
-    """The other rank waits in the gradient all-reduce; both continue with the rest of the sweep."""
+    """One rank runs out of memory while the other waits in the gradient all-reduce; both go on with the sweep."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE]
     actual = pool.run(2, [*line, "--sweep", "batch.micro_batch_rows=2,1"], mutation="memory_ends_on_rank_1")
     assert [one.status for one in actual] == [0, 0], actual[0].output + actual[1].output
@@ -258,7 +258,7 @@ def test_bench_combinations_expand_layouts_precisions_and_sweeps() -> None:
 
 
 def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:
-    """Other rows are a new measurement; a stopped one is repeated, one that failed or ran out of memory is not."""
+    """Repeat stopped measurements and those with other rows, but none that failed or ran out of memory."""
     row = dict.fromkeys(results.IDENTITY_KEYS)
     for other in ({"data": "a"}, {"quick": True}, {"micro_batches": 8}, {"chunk_tokens": 100.0}, {"config": "a.yaml"}):
         assert results.identity_key(row | other) != results.identity_key(row)

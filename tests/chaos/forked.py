@@ -1,4 +1,4 @@
-"""Run tools/chaos.py in a fork of a process that has imported everything, and its ranks in forks of another one."""
+"""Run tools/chaos.py in a fork of a process that has imported everything, and its ranks in forks of a second one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def import_tools() -> None:
 
 
 def run_chaos(*arguments: str) -> int:
-    """Run `tools/chaos.py WORDS`."""
+    """Run `tools/chaos.py` with these arguments."""
     import_tools()
     import chaos
     from chaos_parts import zygote

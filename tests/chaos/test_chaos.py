@@ -1,4 +1,4 @@
-"""Injected faults, by running tools/chaos.py: they change no bit, and the tool detects a mutation that does."""
+"""Run tools/chaos.py: injected faults change no bit, and the tool detects a mutation that changes one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chaos(work: Path, *arguments: str, status: int = 0) -> str:
-    """Return the output of `tools/chaos.py WORDS`, errors first."""
+    """Run `tools/chaos.py` with these arguments and return its output, standard error first."""
     line = forkserver.command("tests.chaos.forked:run_chaos", *arguments, "--work", work)
     done = subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
     output = done.stderr + done.stdout
@@ -36,7 +36,7 @@ def chaos(work: Path, *arguments: str, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def tracing(work: Path) -> None:
-    """Skip a test where processes cannot be traced; fail it in CI."""
+    """Skip a test if processes cannot be traced; fail it in CI."""
     output = chaos(work, "cut", "--every", "1000")
     if output.startswith("left out"):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(output)
@@ -64,7 +64,7 @@ def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> No
     assert {name for line in records for name in line["faults"]} == fault_names or len(fault_names) > ROUNDS
     # otherwise too few rounds were disturbed
     assert sum(len(line["launches"]) > 1 for line in records) >= ROUNDS // 3
-    # the tool as it is started by hand; every round is already in the log
+    # start the tool as a user does; it has nothing to do, because every round is already in the log
     script = [sys.executable, "-W", "ignore", str(forkserver.ROOT / "tools" / "chaos.py")]
     again = subprocess.run([*script, *arguments, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)
     assert again.returncode == 0, again.stderr

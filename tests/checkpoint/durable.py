@@ -1,4 +1,4 @@
-"""Watch what is forced to the disk, and what has its new name before that: what a failure of power may tear."""
+"""Record fsyncs and renames, to find files that a power failure could tear: those renamed before they were synced."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Rename:
 
     Attributes:
         target: the new name.
-        unforced: the files and folders of it, relative to it, that were changed since they were last forced, if ever.
-        unnamed: folders in which an earlier new name was not forced yet.
+        unforced: paths below the target, relative to it, whose content was not synced before the rename.
+        unnamed: folders that hold an earlier new name and were not synced before this rename.
     """
 
     target: Path
@@ -32,8 +32,8 @@ class Watched:
     """Record of the renames in a folder.
 
     Attributes:
-        renames: in their order.
-        unnamed: folders in which a new name is not forced yet.
+        renames: all renames below the folder, oldest first.
+        unnamed: folders that hold a new name and have not been synced since.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Watched:
         if self.folder not in target.parents:
             return
         paths = [source, *sorted(source.rglob("*"))] if source.is_dir() else [source]
-        # a lock is an empty file, and has nothing to lose
+        # empty files (locks) have nothing to lose
         changed = [
             path
             for path in paths
@@ -64,7 +64,7 @@ class Watched:
 
 
 def state_of(path: Path) -> bytes:
-    """Return what of a file or folder is on the disk once it is forced there."""
+    """Return what an fsync of this path makes durable: a file's sha256, or a folder's names and inodes."""
     if path.is_dir():
         return repr(sorted((entry.name, entry.inode()) for entry in os.scandir(path))).encode()
     return hashlib.sha256(path.read_bytes()).digest()
@@ -72,7 +72,7 @@ def state_of(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def watched(folder: Path) -> Iterator[Watched]:
-    """Watch what this process does in a folder."""
+    """Record what this process syncs and renames below a folder while the body runs."""
     seen = Watched(folder.resolve())
     fsync = os.fsync
 

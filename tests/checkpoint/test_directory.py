@@ -1,4 +1,4 @@
-"""Publishing under kill -9, finding the newest good checkpoint, pruning. No torch: a checkpoint here is some files."""
+"""Publishing under kill -9, finding the newest good checkpoint, pruning. No torch: checkpoints are a few small files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_publish_updates_latest_and_integrity_record(tmp_path):
 
 
 def die_before_call(number):
-    """From now on, kill -9 of this process before its `number`th call that changes the file system."""
+    """Make this process kill itself with SIGKILL before its `number`th call from now that changes the file system."""
     calls = iter(range(1, 10_000))
 
     def dying(function):
@@ -91,11 +91,14 @@ def die_before_call(number):
 
     for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
-    digests.THREADS = 1  # the same order of calls each time
+    digests.THREADS = 1  # makes the order of the calls repeatable
 
 
 def kill_everywhere(folder, step):
-    """Save step 1, save `step` until killed, look, save step 3; for every place to die. Prints what was found."""
+    """Kill the save of `step` before every call, and print what was found each time as a line of JSON.
+
+    Each round saves step 1, starts the save of `step` in a fork that is killed, looks for the newest checkpoint, and
+    saves step 3."""
     for number in itertools.count(1):
         run = folder / str(number)
         save(run, 1)
@@ -115,8 +118,8 @@ def kill_everywhere(folder, step):
 
 @pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
 def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, step):
-    """There is always a whole checkpoint, the next save works, and nothing is left behind. Forks in a process of its
-    own, which has no threads."""
+    """There is always a complete checkpoint, the next save works, and nothing is left behind. The forks are made in a
+    fresh process without threads."""
     script = f"from tests.checkpoint.test_directory import *; kill_everywhere(Path({str(tmp_path)!r}), {step})"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
@@ -128,7 +131,7 @@ def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, ste
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
 def test_publish_fsyncs_checkpoint_before_updating_latest(tmp_path, again):
-    """A failure of power must leave a whole checkpoint: each file, its name, and then the name in `latest`."""
+    """A power failure must leave a complete checkpoint: sync each file, then its name, then the name in `latest`."""
     with watched(tmp_path) as seen:
         save(tmp_path, 1)
         final = save(tmp_path, 1 if again else 2, "new weights")
@@ -171,7 +174,7 @@ def test_latest_damaged_or_missing_pointer_falls_back_to_newest(tmp_path, capsys
 
 
 def test_latest_naming_older_checkpoint_is_followed_with_warning(tmp_path, capsys):
-    """A kill between the last two renames leaves this state; to follow it silently would hide damage too."""
+    """A kill between the last two renames leaves this state. The warning is needed, because damage can look the same."""
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (older.parent / "latest").write_text(older.name + "\n")
     assert latest(tmp_path) == older
@@ -182,8 +185,8 @@ def test_latest_naming_older_checkpoint_is_followed_with_warning(tmp_path, capsy
 def test_tidy_removes_leftovers_and_restores_replaced_checkpoint(tmp_path):
     kept, newest = save(tmp_path, 1), save(tmp_path, 2)
     folder = newest.parent
-    os.rename(newest, folder / f".tmp-replaced-{newest.name}")  # its step was being saved again
-    shutil.copytree(kept, folder / f".tmp-replaced-{kept.name}")  # it was saved again
+    os.rename(newest, folder / f".tmp-replaced-{newest.name}")  # as while its step is saved again
+    shutil.copytree(kept, folder / f".tmp-replaced-{kept.name}")  # as after its step was saved again
     for name in (".tmp-step_000000003", ".tmp-pruned-step_000000000"):
         (folder / name / "tokenizer").mkdir(parents=True)
     (folder / ".tmp-latest").write_text("step_00")
@@ -210,7 +213,7 @@ def test_latest_skips_damaged_checkpoints_and_names_their_files(tmp_path, capsys
 def test_latest_flipped_bit_is_detected_only_with_checksums(tmp_path):
     good, flipped = save(tmp_path, 1), save(tmp_path, 2)
     (flipped / "__0_0.distcp").write_text("Weights of 2")
-    assert latest(tmp_path) == flipped  # sizes only: cheap, for showing
+    assert latest(tmp_path) == flipped  # compares sizes only, which is cheap
     assert latest(tmp_path, checksums=True) == good
 
 

@@ -1,4 +1,4 @@
-"""Safe reading: what writing.py wrote, what torch and core wrote, and what an attacker would write."""
+"""checkpoint/reader.py reads our checkpoints and those of torch and Megatron-Core, and refuses hostile files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def written(tmp_path):
 
 
 def edit(folder, change):
-    """Change `.metadata` as torch itself would have written it."""
+    """Apply `change` to the unpickled `.metadata` and pickle it again, as torch does."""
     with open(folder / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     change(metadata)
@@ -199,7 +199,7 @@ def test_reader_file_name_with_line_break_is_refused(written):
 
 
 def test_reader_pickle_in_place_of_tensor_is_refused_and_not_run(written, tmp_path):
-    """An entry whose bytes are a pickle of something else: torch's weights-only unpickler stops it."""
+    """A tensor's bytes are replaced by a hostile pickle, which torch's weights-only unpickler refuses."""
     trap = tmp_path / "sprung"
     reader = CheckpointReader(written)
     key = "embedding.word_embeddings.weight"
@@ -257,7 +257,7 @@ def test_read_common_hostile_pickle_is_refused_and_not_run(written, tmp_path, mo
 
 @pytest.fixture
 def alone(tmp_path):
-    """A process group of this one process, and core able to run in it."""
+    """Initialize a process group of this process alone, with the CPU platform that core needs."""
     import torch.distributed as dist
 
     from megatron_ettin.platform import detect
@@ -319,7 +319,7 @@ def test_core_load_damaged_file_is_named(written, alone):
 
 
 def test_core_load_byte_entry_is_refused_and_not_unpickled(tmp_path, alone):
-    """Ask for a byte entry as core's ShardedObject, and plant it where a tensor is asked for."""
+    """Refuse a byte entry that core requests as a ShardedObject, and one planted where a tensor is requested."""
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 

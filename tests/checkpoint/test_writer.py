@@ -30,7 +30,7 @@ WAIT_SECONDS = 120.0
 
 
 def train_and_copy_together(own: str, other: str, *overrides: str) -> int:
-    """Run `ettin WORDS`, and copy the first staged file once the other run has written its own too."""
+    """Run `ettin`; its first copy from staging waits until the other run has staged a file too."""
     copyfile = shutil.copyfile
 
     def copy(source: Path, target: Path, **named: bool) -> Path:
@@ -69,7 +69,7 @@ def test_staging_shared_by_two_runs_keeps_their_weights_apart(pool: Pool, corpus
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with no room but for names."""
+    """Mount a file system that has room for names but for no data."""
     if os.geteuid() != 0:
         pytest.skip("mounting wants root")
     folder = tmp_path / "own-disk"
@@ -95,7 +95,7 @@ def test_staging_on_full_disk_is_named_and_used_again_once_there_is_room(
 
 
 def test_staging_copy_that_differs_is_refused(tmp_path: Path, pool: Pool, corpus: Path) -> None:
-    """What is copied is compared with what was written: a disk that changes a byte is told of."""
+    """The copy is compared with the staged file, so a disk that changes a byte is reported."""
     overrides = ["model.num_layers=2", "run.steps=1", f"checkpoint.staging={tmp_path / 'own-disk'}"]
     results = pool.run(1, command(tmp_path / "run", corpus, "mlm", overrides), "copies_change_a_byte")
     assert results[0].status == 1

@@ -58,7 +58,7 @@ from tests.cli.test_main import modules_after
     ],
 )
 def test_completion_of_partial_line_offers_candidates(line: str, offered: list[str]) -> None:
-    if line == "train opt":  # only one group of keys matches: its keys are offered
+    if line == "train opt":  # only one group of keys matches, so its keys are offered
         offered = [f"{key}=" for key in key_types() if key.startswith("optim.")]
     assert list(offers(line.split(" "))) == offered
 

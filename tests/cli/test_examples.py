@@ -20,7 +20,7 @@ from tests.train.runs import command
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTERS = ("torchrun", "srun")
-SHELL = re.compile(r"\s+(?:\||>|#).*")  # the part of a line that the shell reads: pipes, redirections, comments
+SHELL = re.compile(r"\s+(?:\||>|#).*")  # everything in a line that only the shell reads: pipes, redirections, comments
 # commands that import torch run in a worker of the pool, which has imported it
 POOL = ("train", "convert", "eval", "order", "inspect", "compare")
 
@@ -156,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, t
 
 
 def words_of(example: str, tokenizer: Path) -> list[str]:
-    """Return the words of an example with the options of `RUN` and without --submit."""
+    """Return an example's arguments with the options that `RUN` adds and without --submit."""
     arguments = [word for word in shlex.split(example) if word != "--submit"]
     for option, value in RUN[longest(example, RUN)].items():
         value = str(tokenizer) if value == "TOKENIZER" else value
@@ -164,7 +164,7 @@ def words_of(example: str, tokenizer: Path) -> list[str]:
             arguments[arguments.index(option) + 1] = value
         else:
             arguments[1:1] = [option] if value is None else [option, value]
-    # the vocabulary of the corpus here, which `launch` compares with the model's
+    # `launch` compares the model's vocabulary with that of the tests' corpus
     return [*arguments, "model.vocab_size=320"] if arguments[0] == "launch" else arguments
 
 

@@ -54,7 +54,7 @@ def test_version_imports_nothing_heavy():
 
 
 def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeypatch):
-    """The commit is that of the checkout that holds the package, not of one around its environment."""
+    """Show the commit of the checkout that holds the package, not of a checkout around its environment."""
 
     def git(*git_arguments):
         identity = ["-c", "user.name=n", "-c", "user.email=e"]
@@ -74,7 +74,7 @@ def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeyp
     (package / "__init__.py").write_text("x = 1")
     assert versions.describe_commit() == f"{commit}.dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert versions.code_version() == __version__  # there is no git
+    assert versions.code_version() == __version__  # PATH has no git
 
 
 def test_python_m_version_prints_ettin_version(tmp_path):

@@ -1,4 +1,4 @@
-"""Bounds of numbers, and parsed arguments as words again."""
+"""Bounds of numeric options, and turning parsed arguments back into a command line."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_resume_changed_science_key_is_refused_unless_allowed(
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert history[-1]["changes"] == ["optim.lr"]
     assert history[-1]["step"] == 2
-    # what the decay refers to is the run's own
+    # the run keeps its own reference rate of the weight decay
     assert "optim.lr 0.003 -> 0.0001; optim.weight_decay_reference_lr stays 0.003" in result.output
     assert from_yaml(run / "config.yaml").optim.weight_decay_reference_lr == 3e-3
 
@@ -172,7 +172,7 @@ def test_init_from_incompatible_source_is_refused(pool: Pool, corpus: Path, tmp_
 
 @pytest.mark.ranks
 def test_dataset_with_other_tokenizer_of_same_size_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The shapes are equal; resuming, starting from the weights, evaluating and validating are refused all the same."""
+    """Equal shapes are not enough: resuming, --init-from, evaluation and validation are refused."""
     other = make_corpus(tmp_path, make_tokenizer(tmp_path / "tokenizer", range(50, 52)))
     train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=1"])
     source = ["--init-from", str(tmp_path / "run")]

@@ -32,7 +32,7 @@ def tok(tokens: float) -> str:
 
 
 def original(size: str, objective: str, phase: str) -> dict[str, Any]:
-    """Return the content of the published file of these three names."""
+    """Return the content of the published file for this size, objective and phase."""
     causal, cross, long = objective == "clm", phase == "cross", phase != "pretrain"
     order = list(SIZE_TABLE).index(size)
     third = 3 if size == "1b" else 1

@@ -15,7 +15,7 @@ from megatron_ettin.config.tables import OBJECTIVES, SIZES
 from tests.config.test_tables import BATCH_WARMUP
 
 THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "clm") for phase in PHASES]
-# the smallest and the largest size have keys of their own; what the others have is in test_tables.py
+# only the smallest and the largest size have special keys; test_tables.py covers the others
 FIRST_AND_48 = [pytest.param(*one, marks=[] if one[0] in ("17m", "1b") else pytest.mark.full) for one in THE_48]
 
 
@@ -86,7 +86,7 @@ def test_explain_names_what_no_published_run_did(
 
 @pytest.mark.parametrize("size", ["17m", "1b"])
 def test_explained_override_trains_as_configured(size: str, capsys) -> None:
-    """What `--explain` names as the override is accepted, and is what the files configure."""
+    """The override that `--explain` names is accepted and gives the batch warm-up of the published files."""
     for phase in ("pretrain", "cross"):
         command = ["train", "--size", size, "--objective", "mlm", "--phase", phase]
         assert main([*command, "--explain", "--json"]) == 0
@@ -154,7 +154,7 @@ def test_explain_bad_recipe_or_value_is_refused(arguments: list[str], output: st
 
 
 def reported(capsys: pytest.CaptureFixture[str], objective: str, phase: str, *arguments: str) -> str:
-    """Return what a dry run says on standard error."""
+    """Return the standard error of a dry run."""
     assert main(["train", "--size", "17m", "--objective", objective, "--phase", phase, "--dry-run", *arguments]) == 0
     return capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Operations against brute force, published figures and torch's counter; layers of pipeline stages against every split."""
+"""Operations against brute force, published figures and torch's counter; pipeline stages against every possible split."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_layer_operations_match_hand_calculation(objective: str, phase: str) -> 
     costs = layer_operations(parse("1b", objective, phase))
     linear = 2 * (4 * 1792 * 1792 + 3 * 1792 * 3840)
     tokens = 1024 if phase == "pretrain" else 8192
-    pairs = {  # of query and key a token: both ways, or keys up to the token; within the window of a local layer
+    pairs = {  # pairs of query and key per token: all, or keys up to the query; within the window for a local layer
         "mlm": (tokens, 129 - 64 * 65 / tokens),
         "clm": ((tokens + 1) / 2, 64 - 63 * 64 / 2 / tokens),
     }
@@ -81,7 +81,7 @@ def test_layer_operations_match_hand_calculation(objective: str, phase: str) -> 
 def test_stage_layers_give_the_last_stage_fewer_for_the_head(
     size: str, objective: str, phase: str, layers: list[int]
 ) -> None:
-    """The splits of docs/layouts.md."""
+    """Match the layer counts in the table of docs/layouts.md."""
     assert stage_layers(parse(size, objective, phase, overrides=["parallel.pp=4"])) == layers
 
 

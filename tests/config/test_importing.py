@@ -18,7 +18,7 @@ from tests.config.original_yaml import original, write
 from tests.config.test_explain import FIRST_AND_48
 
 NULL = object()
-"""Stands for a key that is there without a value."""
+"""Stand-in for a YAML key without a value."""
 NAMES = {"size": None, "objective": None, "phase": None}
 
 

@@ -14,7 +14,7 @@ from tests.convert.folders import make_folder
 from tests.train.runs import TINY
 
 pytestmark = pytest.mark.ranks
-# the settings that are not of the model
+# every override of the tiny shape that is not a model setting
 ARGUMENTS = [word for word in TINY if not word.startswith("model.")]
 
 

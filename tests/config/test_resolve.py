@@ -23,8 +23,8 @@ def test_parse_overrides_win_over_yaml_and_yaml_over_recipe(tmp_path: Path) -> N
     site = tmp_path / "site.yaml"
     site.write_text("optim: {lr: 1e-3, eps: 1e-8}\nparallel: {tp: 2}\n")
     config = parse("150m", "mlm", "pretrain", site, ["optim.lr=2e-3"])
-    assert config.optim.lr == 2e-3  # words over YAML
-    assert config.optim.eps == 1e-8  # YAML over the recipe
+    assert config.optim.lr == 2e-3  # overrides win over YAML
+    assert config.optim.eps == 1e-8  # YAML wins over the recipe
     assert config.parallel.tp == 2
     assert config.optim.weight_decay == recipe("150m", "mlm", "pretrain").optim.weight_decay
 
@@ -55,7 +55,9 @@ def test_format_count_writes_the_short_suffix() -> None:
 
 def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
     config = parse("17m", "clm", "decay", overrides=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
-    assert config.optim.weight_decay_reference_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
+    assert config.optim.weight_decay_reference_lr == pytest.approx(
+        2e-3
+    )  # twice the rate, the recipe's ratio in the phase decay
     assert config.model.max_position_embeddings == 256
     assert config.batch.micro_batch_rows == 4
 
@@ -231,7 +233,7 @@ def test_older_names_of_keys_are_read_with_one_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_names, "_noted", set())
-    # empty is as good as unset
+    # an empty value counts as unset
     monkeypatch.setenv("RANK", "")
     old, new = (
         ["parallel.pp=2", f"parallel.{vpp}=2", f"optim.{reference}=4e-3"]
@@ -262,7 +264,7 @@ def test_parse_of_older_and_new_name_together_is_refused() -> None:
 
 
 def test_science_keys_ignore_operations_keys() -> None:
-    """Layout, micro-batch, precision and sinks may change at any resume; the rest is fingerprinted."""
+    """Layout, micro-batch, precision and sinks are no science keys, so a resume may change them."""
     base = science_keys(parse("17m", "mlm", "pretrain"))
     operations = (
         "parallel.tp=2 batch.micro_batch_rows=8 precision.name=fp32 checkpoint.keep=9 metrics.wandb=true run.steps=5"
@@ -357,7 +359,7 @@ def test_parse_rows_of_another_length_keep_the_tokens_of_a_step(arguments: list[
 
 
 def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
-    """What earlier versions had other defaults for stays as the run has begun with it, until a key is given."""
+    """A run begun under earlier defaults keeps them when its keys are parsed again, unless the key is given."""
     old = ["batch.warmup_tokens=125B", "schedule.warmup_tokens=4B", "batch.warmup_min_rows=88"]
     arguments = ["data.seq_len=2048", "run.tokens=1T"]
     begun = parse("17m", "mlm", "pretrain", overrides=[*arguments, *old, "batch.global_batch_rows=2816"])
@@ -372,7 +374,7 @@ def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
 
 
 def test_from_yaml_of_an_earlier_version_keeps_its_early_decay(tmp_path: Path) -> None:
-    """It decayed over the first tokens: of a run with as many of them the schedule is today's."""
+    """Earlier versions decayed over a run's first tokens. If the decay spans the whole run, today's schedule is equal."""
     path = tmp_path / "config.yaml"
     for decay, end in ((20_000, 20_000), (50_000, None)):
         arguments = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]

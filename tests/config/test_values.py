@@ -1,4 +1,4 @@
-"""Values that are more than one number are read in today's form and in the older text, as the same value."""
+"""Shares over tokens are read from YAML lists and from the older texts (`0:1,10B:0.5`), with the same result."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.convert.folders import make_folder
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
-    """A folder of theirs in shards and the checkpoint imported from it; copied before each harm."""
+    """Return a folder with `theirs`, a sharded Hugging Face folder, and `checkpoint`, imported from it. Read-only."""
     room = tmp_path_factory.mktemp("sources")
     make_folder(room / "whole", "mlm")
     from_hf(room / "whole", room / "checkpoint")

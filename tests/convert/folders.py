@@ -27,7 +27,7 @@ ROPE = {
 
 
 def classes(objective: str) -> tuple[Any, Any, Any]:
-    """(configuration, model, auto class) of an objective."""
+    """Return transformers' (configuration, model, Auto class) for an objective."""
     import transformers as t
 
     if objective == "mlm":
@@ -65,7 +65,7 @@ def logits(model: Any, tokens: int = 100) -> torch.Tensor:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, by safetensors' own reader."""
+    """Return every tensor of a folder by name, read by the library safetensors."""
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
@@ -79,7 +79,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def command(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
-    """`ettin convert WORDS`: (status, standard output, last line of standard error)."""
+    """Run `ettin convert` and return (exit status, standard output, last line of standard error)."""
     from megatron_ettin.cli.main import main
 
     capsys.readouterr()
@@ -104,7 +104,7 @@ def edit_config(folder, **changes):
 
 
 def rewrite(folder, change):
-    """Change one tensor, or the names, of the folder's first shard."""
+    """Apply `change` to the folder's tensors, write them as one file, and return the path of the former first shard."""
     file = sorted(folder.glob("*.safetensors"))[0]
     held = tensors(folder)
     for other in folder.glob("*.safetensors"):

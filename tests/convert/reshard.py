@@ -1,5 +1,6 @@
-"""`torchrun ... -m tests.convert.reshard CHECKPOINT OUT PRECISION TP PP`: a checkpoint's weights through the ranks of a
-layout into a new checkpoint, without an optimizer: for models whose training state does not fit this machine."""
+"""Load a checkpoint's weights on the ranks of a layout and save them again:
+`torchrun ... -m tests.convert.reshard CHECKPOINT OUT PRECISION TP PP`. No optimizer is built, because the training
+state of the models it is used for does not fit this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders made of decoders and the reverse, from folders and from checkpoints: the same weights under the other names."""
+"""Encoders made from decoders and the reverse, from folders and from checkpoints: same weights under the other names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_convert_to_other_objective_and_back_keeps_bits(tmp_path, capsys, object
 
 
 def check_names(theirs: dict[str, torch.Tensor], other: dict[str, torch.Tensor], objective: str) -> None:
-    """Compare by the names of both classes, written out by hand: fused q, k and v, and the name of the head."""
+    """Compare tensors of both classes by a mapping of names that is written here by hand."""
     encoder, decoder = (theirs, other) if objective == "mlm" else (other, theirs)
     for i in range(4):
         fused = encoder.pop(f"model.layers.{i}.attn.Wqkv.weight")
@@ -49,7 +49,7 @@ def check_names(theirs: dict[str, torch.Tensor], other: dict[str, torch.Tensor],
 
 
 def test_to_hf_card_of_decoder_exported_as_encoder_names_shifted_prediction(tmp_path, capsys):
-    """A decoder made an encoder predicts one position early until it is trained on."""
+    """An encoder made from a decoder predicts the next position until it is trained, and its card says so."""
     make_folder(tmp_path / "theirs", "clm")
     command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "checkpoint")
     for objective, message in (("mlm", "masked next-token prediction"), (None, None)):

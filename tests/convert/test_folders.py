@@ -1,5 +1,5 @@
-"""A conversion that has written its weights is killed, ended, or meets another one: nothing half-written has the output's
-name, and the same command makes it."""
+"""Conversions that are killed or ended after they wrote their weights, or that run twice: no half-written folder has the
+output's name, and the same command then succeeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import forkserver
 from tests.convert.composer.trainer_files import trainer_file
 from tests.convert.folders import command, make_folder, refused
 
-# command -> where a call of the function stands between the weights and the end
+# command -> (module, function) of a call that the command makes after it has written the weights
 WAYS = {
     "from-hf": ("megatron_ettin.convert.importing", "seal_and_rename"),
     "to-hf": ("megatron_ettin.convert.to_hf", "export_tokenizer"),
@@ -27,7 +27,7 @@ WAYS = {
 
 
 def convert_until_killed(way: str, *arguments: str) -> int | None:
-    """Run `ettin convert`, in a process that dies of SIGKILL at that place."""
+    """Run `ettin convert` in this process, which kills itself with SIGKILL at the call named in WAYS."""
     module, name = WAYS[way]
     with mock.patch.object(
         importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -56,7 +56,7 @@ def test_convert_killed_while_writing_leaves_nothing_and_repeats(tmp_path, capsy
 
 
 def convert_slowly(way: str, source: str, out: str, signs: str) -> int | None:
-    """Run `ettin convert`, waiting at that place until the file `signs`/go is there; `signs`/reached tells of it."""
+    """Run `ettin convert`; at the call named in WAYS it makes `signs`/reached and waits for `signs`/go."""
     module, name = WAYS[way]
     real, folder = getattr(importlib.import_module(module), name), Path(signs)
 
@@ -72,7 +72,7 @@ def convert_slowly(way: str, source: str, out: str, signs: str) -> int | None:
 
 @pytest.fixture
 def begun(tmp_path):
-    """A conversion from-hf that waits between its weights and its end, as a process of its own."""
+    """Start `convert from-hf` in a process that has written its weights and now waits (`convert_slowly`)."""
     make_folder(tmp_path / "theirs", "mlm")
     (tmp_path / "signs").mkdir()
     code = "import sys; from tests.convert.test_folders import convert_slowly; sys.exit(convert_slowly(*sys.argv[1:]))"
@@ -92,7 +92,7 @@ def begun(tmp_path):
 
 
 def test_convert_two_to_one_output_refuses_the_second_and_keeps_the_first(tmp_path, capsys, begun):
-    """The second removed what the first one had written, and both failed."""
+    """The second command used to remove the first one's files, and both failed."""
     status, _, err = command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "out")
     assert status == 2
     assert "out: another process is writing it; wait for it or name another folder" in err

@@ -1,5 +1,5 @@
-"""The whole 1b shape, all layers and a full vocabulary that tensor parallelism has to pad: from a folder of
-transformers into a checkpoint, through one rank and through TP 2 x PP 2, and back: the same bits.
+"""Round trip of the whole 1b shape, with all layers and a vocabulary that tensor parallelism pads: from a folder of
+transformers into a checkpoint, through one rank and through TP 2 x PP 2, and back, bit for bit.
 
 Its training state does not fit a machine of 24 GB, so the ranks load and save weights alone. Minutes a case and 17 GB of
 disk: only with ETTIN_FULL_SHAPES=1b (tests/nightly.sh)."""

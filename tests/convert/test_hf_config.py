@@ -50,7 +50,7 @@ def test_to_hf_config_is_read_by_installed_transformers(tmp_path, objective):
     assert config.rope_parameters["full_attention"]["rope_theta"] == 160_000
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
     assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (50_283, 50_282, 7999)
-    # of too little weight for logits to show
+    # too small to change the logits
     assert (config.norm_eps, config.initializer_range) == (3e-6, 0.03)
     assert config.tie_word_embeddings is True
     assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (256, 384, 4)

@@ -29,7 +29,7 @@ from tests.train.runs import train
 
 pytestmark = pytest.mark.ranks
 FULL = os.environ.get("ETTIN_FULL_SHAPES", "17m").split()
-LAYERS = 2  # of the other shapes
+LAYERS = 2  # number of layers of the shapes that are not in FULL
 VOCABULARY = 321
 ONE, FOUR = (1, []), (4, ["parallel.tp=2", "parallel.pp=2"])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +42,7 @@ ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def odd_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A dataset whose tokenizer has one entry more than a multiple of two."""
+    """Make a dataset whose tokenizer has an odd number of entries."""
     folder = tmp_path_factory.mktemp("odd")
     shutil.copytree(tiny_tokenizer, folder / "tokenizer")
     path = folder / "tokenizer" / "tokenizer.json"
@@ -65,13 +65,14 @@ def shape_of(size: str) -> dict[str, int]:
 
 
 def gathers(size: str) -> list[str]:
-    """Core's distributed optimizer gathers its state on one rank to write it: 68 bytes a parameter with all there is."""
+    """Return overrides that keep a wide shape within memory: one rank gathers a distributed optimizer's state to
+    write it, which takes 68 bytes a parameter in all."""
     return ["parallel.distributed_optimizer=false"] if SIZES[size].hidden_size >= 1024 else []
 
 
 def cases() -> list[Any]:
-    """Sizes with objectives and precisions. Of the shapes that have two layers one case each; of the others every one.
-    The first is of the first tier."""
+    """Return (size, objective, precision) as parameters: every combination for the sizes in FULL, one for each other.
+    Only the first is not marked `full`."""
     every = [("mlm", "fp32"), ("clm", "bf16"), ("mlm", "bf16"), ("clm", "fp32")]
     listed = []
     for number, size in enumerate(SIZES):

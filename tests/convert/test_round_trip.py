@@ -142,11 +142,13 @@ def test_round_trip_with_tokenizer_keeps_ids_and_runs_tasks(tmp_path, tiny_token
         tokenizer = AutoTokenizer.from_pretrained(room / "again")
         text = "the reader follows the next word."
         ids = AutoTokenizer.from_pretrained(tiny_tokenizer)(text)["input_ids"]
-        assert tokenizer(text)["input_ids"] == (ids if objective == "mlm" else ids[:-1])  # a prompt is not finished
+        assert tokenizer(text)["input_ids"] == (
+            ids if objective == "mlm" else ids[:-1]
+        )  # a decoder's tokenizer adds no [SEP], because a prompt is to be continued
         assert tokenizer.padding_side == {"mlm": "right", "clm": "left"}[objective]
         from_hf(room / "again", room / "back")
         theirs = {load_tokenizer(folder).fingerprint for folder in (room / "back" / "tokenizer", tiny_tokenizer)}
-        assert len(theirs) == 1  # so that the data it was trained on still fits
+        assert len(theirs) == 1  # the imported tokenizer matches the dataset's
         config = json.loads((room / "again" / "config.json").read_text())
         assert [config[f"{name}_token_id"] for name in ("cls", "sep", "pad", "bos", "eos")] == [1, 2, 3, 1, 2]
         if objective == "mlm":
@@ -156,7 +158,7 @@ def test_round_trip_with_tokenizer_keeps_ids_and_runs_tasks(tmp_path, tiny_token
         else:
             model = load(room / "again", "clm")
             ids = torch.tensor([tokenizer(text)["input_ids"]])
-            # longer than the window of eight keys, so that a cache that keeps too little shows
+            # more tokens than the window of eight keys, to detect a cache that keeps too few
             cached = model.generate(ids, max_new_tokens=10, do_sample=False)
             plain = model.generate(ids, max_new_tokens=10, do_sample=False, use_cache=False)
             assert torch.equal(cached, plain)
@@ -199,7 +201,7 @@ def test_compare_tensors_one_flipped_bit_is_refused(tmp_path):
 
 
 def test_tiny_model_logits_change_with_each_conversion_mistake(tmp_path):
-    """The models of these tests would reveal swapped GLU halves, a wrong head order, norm or bias."""
+    """Swapped GLU halves, a wrong order of heads, a wrong norm or bias each change the logits of the tests' models."""
     model = folders.make_model("mlm")
     before = logits(model)
     layer = model.model.layers[1]

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, unlike their configuration, or padded."""
+"""Source checkpoints that are damaged, do not match their configuration, or have padded vocabularies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_to_hf_checkpoint_unlike_its_config_is_refused(checkpoint, tmp_path, cap
 
 
 def test_to_hf_padded_vocabulary_is_stripped(sources, tmp_path):
-    """Tensor parallelism of degree 3 rounds 320 rows up to 321; what the padding holds must not travel."""
+    """Tensor parallelism of degree 3 pads 320 rows to 321; the export must not contain the padding."""
     reader = CheckpointReader(sources / "checkpoint")
     padded = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118
     for key in ("embedding.word_embeddings.weight", "output_layer.bias"):

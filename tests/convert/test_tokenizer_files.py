@@ -20,7 +20,7 @@ TEXT = "the reader follows the next word."
 
 @dataclass(frozen=True)
 class Exported:
-    """A dataset, and the folders that were made of a run on it."""
+    """A dataset, and the folders exported from a run on it."""
 
     dataset: Path
     encoder: Path

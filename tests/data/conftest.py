@@ -21,9 +21,9 @@ SAVED: dict[str, Path] = {}
 
 @pytest.fixture(autouse=True)
 def each_tokenizer_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Load and save each tokenizer once in this process: half a second of work in every `ettin prepare`.
+    """Cache loaded and saved tokenizers in this process, which spares each `ettin prepare` half a second.
 
-    test_tokenizer.py, and all other processes, load and save as users do."""
+    test_tokenizer.py and all other processes load and save without the cache."""
     read, save = tokenizers.from_file, Tokenizer.save
 
     def read_once(path: Path, config: dict, name: str) -> Tokenizer:
@@ -55,7 +55,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """400 documents in chunks of 128, with a held-out part. Read-only."""
+    """Prepare 400 documents in chunks of at most 128 tokens, with a held-out part. Read-only."""
     folder = tmp_path_factory.mktemp("prepared")
     source = write_jsonl(folder / "corpus.jsonl", 400)
     assert (
@@ -66,7 +66,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """A second source of shorter documents."""
+    """Prepare a second dataset, of shorter documents."""
     folder = tmp_path_factory.mktemp("other")
     source = write_jsonl(folder / "short.jsonl", 150, seed=7, longest_words=80)
     assert prepare_here(source, "--out", folder / "dataset", "--chunk-tokens", 128, "--workers", 1) == 0

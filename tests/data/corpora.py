@@ -1,4 +1,4 @@
-"""Small corpora for the data tests, made from fixed seeds: what they hold is known, and preparing one takes a moment."""
+"""Small corpora for the data tests, made from fixed seeds, so that their content is known and quick to prepare."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def words(count: int, seed: int) -> str:
 
 
 def write_jsonl(path: Path, documents: int, seed: int = 0, longest_words: int = 600) -> Path:
-    """Documents of 1 .. longest_words words, half of them with an id."""
+    """Write documents of 1 to `longest_words` words as JSON lines, every second one with an id."""
     rng = random.Random(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:

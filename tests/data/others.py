@@ -28,7 +28,7 @@ def read_by_core(prefix: str, mmap: str) -> None:
 
 
 def write_by_core(prefix: str, documents: str) -> None:
-    """Write documents, JSON lists of ids in a file, as a pair of files."""
+    """Write documents (a JSON file of lists of ids) as a pair of .bin and .idx by Megatron-Core."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -41,7 +41,7 @@ def write_by_core(prefix: str, documents: str) -> None:
 
 
 def read_by_transformers(folder: str, texts: str) -> None:
-    """Print what a saved tokenizer is to transformers, and the ids of texts, a JSON list."""
+    """Print as JSON how transformers reads a saved tokenizer: its size, special ids, inputs, and the ids of `texts`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

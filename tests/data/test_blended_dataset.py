@@ -1,4 +1,4 @@
-"""Mixtures and the data order: proportions in every block, every row once an epoch, a pure function of the position."""
+"""Mixtures and the data order: proportions in every block, each row once an epoch, a pure function of the order index."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_blended_dataset_block_proportions_follow_token_weights(prepared: Datase
     assert abs(tokens[0] / sum(tokens) - 0.75) < 1e-4
     assert corpus.mean_tokens_per_row == pytest.approx(sum(tokens) / BLOCK_SLOTS)
     first = corpus.locate(np.arange(100))[0]
-    assert 0 < first.sum() < 100  # shuffled: no block begins with one source only
+    assert 0 < first.sum() < 100  # no block begins with rows of a single source
 
 
 def test_blended_dataset_epoch_reads_every_row_once(prepared: Dataset, other: Dataset) -> None:
@@ -97,7 +97,7 @@ def test_blended_dataset_epoch_reads_every_row_once(prepared: Dataset, other: Da
             rows = row[(source == i) & (epoch == turn)]
             assert sorted(rows.tolist()) == list(range(plan.num_rows))
     in_order = [row[(source == 0) & (epoch == turn)].tolist() for turn in range(2)]
-    assert in_order[0] != in_order[1]  # another order every epoch
+    assert in_order[0] != in_order[1]  # each epoch has another order
     single = corpus_of((prepared, None))
     assert sorted(single.locate(np.arange(single.num_rows))[1].tolist()) == list(range(single.num_rows))
 

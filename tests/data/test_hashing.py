@@ -17,7 +17,7 @@ def test_permutation_of_any_size_is_a_bijection(n: int, key: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n, dtype=np.uint64))
 
 
-# one, primes, powers of two and their neighbours: where the network's halves are uneven, empty or one too large
+# sizes at which the halves of the Feistel network are uneven, empty or one too large
 AWKWARD = sorted(
     {1, 2, 3, 5, 7, 13, 127, 257, 8_191, 10_007, 65_537, *(2**k + d for k in range(2, 17) for d in (-1, 0, 1))}
 )
@@ -40,7 +40,7 @@ def test_permutation_of_large_domain_is_in_range_and_injective(n: int, key: int,
     images = Permutation(n, key)(inside)
     assert int(images.max()) < n
     assert len(np.unique(images)) == len(inside)
-    # one by one, the same images
+    # single indices give the same images as arrays
     assert [int(Permutation(n, key)(int(sample))) for sample in inside[:3]] == images[:3].tolist()
 
 

@@ -1,5 +1,5 @@
-"""A mixture of 10**10 rows: sparse files of the real formats, content only in the rows that are asked for. Neither
-opening it nor answering for a late step takes memory that grows with it."""
+"""A mixture of 10**10 rows, made of sparse files of the real formats with content only in the rows that are read. Neither
+opening it nor listing a late step takes memory that grows with the number of rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(*arguments: object) -> tuple[str, dict[str, int], str]:
-    """Return what a command prints, its memory in KiB and the modules that it imported."""
+    """Run a command; return its output, its peak memory in KiB and the modules that it imported."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def measured(*arguments: object) -> tuple[str, dict[str, int], str]:
 
 
 def test_order_fingerprint_of_huge_mixture_needs_little_memory_and_no_torch(config: Path) -> None:
-    """The whole process stays small, and needs neither torch nor the libraries of `prepare`."""
+    """The process needs little memory, and imports neither torch nor the libraries of `prepare`."""
     printed, memory, modules = measured("order", config, "--fingerprint")
     assert len(printed.strip()) == 64
     assert memory["VmHWM"] < 200 * 1024

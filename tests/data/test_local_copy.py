@@ -37,7 +37,7 @@ def mixture(*datasets: Dataset, batching: str = "packed") -> BlendedDataset:
 
 @pytest.fixture
 def copied(prepared: Dataset, tmp_path: Path) -> Dataset:
-    """A copy of the prepared dataset that a test may damage."""
+    """Return a copy of the prepared dataset, which a test may damage."""
     return open_dataset(shutil.copytree(prepared.path, tmp_path / "source"))
 
 
@@ -63,7 +63,7 @@ def test_local_copy_yields_the_same_rows_and_is_reused(
     assert "every sha256 checked" in lines[1]
     assert len(lines) == 2
     open_local_copy(corpus, str(tmp_path / "local"), lines.append)
-    assert len(lines) == 2  # found, nothing copied
+    assert len(lines) == 2  # the copy exists, so nothing is copied
     assert not list((tmp_path / "local").rglob(".tmp-*"))
     assert not list((tmp_path / "local").rglob(".part-*"))
 
@@ -152,7 +152,7 @@ def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tm
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """Mount a file system of 64 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0
@@ -207,7 +207,7 @@ FORGOTTEN = {"data.skip": "skips", "data.mean_tokens_per_row": "nominal_tokens"}
 
 
 def train_from_reader_that_forgets(key: str, *arguments: str) -> int | None:
-    """Run `ettin train` with a local copy that has lost what `key` says."""
+    """Run `ettin train` with a reader of the local copy that ignores the setting `key`."""
     copy = trainer.open_local_copy
 
     def forgetful(corpus: BlendedDataset, folder: str) -> BlendedDataset:
@@ -219,7 +219,7 @@ def train_from_reader_that_forgets(key: str, *arguments: str) -> int | None:
 
 @pytest.mark.parametrize("key", FORGOTTEN)
 def test_train_local_copy_that_reads_another_order_is_refused(corpus: Path, tmp_path: Path, key: str) -> None:
-    """Rows that had been left out were trained on, under the fingerprint of a run without them."""
+    """A reader that ignored the skipped rows once trained on them, under the fingerprint of a run without them."""
     overrides = [*SMALL, "run.steps=1", f"data.local_copy={tmp_path / 'local'}", "data.skip=0:8"]
     overrides.append("data.mean_tokens_per_row=50")
     target = "tests.data.test_local_copy:train_from_reader_that_forgets"

@@ -94,7 +94,7 @@ def test_train_empty_mixture_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_shuffled_sampler_any_window_holds_proportions_within_bound(
     shares: list[float], begin: int, length: int, seed: int
 ) -> None:
-    """Any window keeps to the bound of keyed.py's docstring, and aligned blocks have the exact counts."""
+    """Any window is within the bound that data/sampler.py's docstring gives; aligned blocks have the exact counts."""
     exact = np.asarray(shares) / sum(shares)
     counts = np.asarray(largest_remainder(exact.tolist(), BLOCK_SLOTS))
     assert (np.abs(counts - exact * BLOCK_SLOTS) < 1).all()
@@ -109,7 +109,7 @@ def test_shuffled_sampler_any_window_holds_proportions_within_bound(
 
 
 def test_epochs_of_mixture_match_counts_in_the_order(prepared: Dataset, other: Dataset) -> None:
-    """Epochs are the rows read, counted in the order, over the rows of the source; manifests alone come close."""
+    """A source's epochs are its rows in the order divided by its rows; the estimate from manifests alone is close."""
     mixture = [MixtureEntry(str(prepared.path), 1.0), MixtureEntry(str(other.path), 1.0)]
     corpus = open_blended_dataset(mixture, 256, "packed", 21, "pretrain")
     rows = 2 * BLOCK_SLOTS
@@ -143,5 +143,5 @@ def test_dry_run_shows_mixture_shares_and_epoch_notes(prepared: Dataset, other: 
     assert main([*arguments, "--json"]) == 0
     shares = [source["share"] for source in json.loads(capsys.readouterr().out)["mixture"]]
     assert shares == [0.75, 0.25]
-    assert main([*TRAIN, "--dry-run", "data.mixture=/nowhere"]) == 0  # the data may come later
+    assert main([*TRAIN, "--dry-run", "data.mixture=/nowhere"]) == 0  # a dry run does not need the data
     assert "/nowhere: no such directory" in capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_packing_index_concurrent_processes_build_it_once(prepared: Dataset, tmp
 
 
 def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50_368) -> Dataset:
-    """A dataset of chunks of these lengths, one a document; its tokens are a hole in a sparse file."""
+    """Make a dataset of chunks of these lengths, one a document; the token file is sparse and empty."""
     import dataclasses
 
     import pyarrow
@@ -178,7 +178,7 @@ def test_packing_index_lognormal_lengths_fill_rows_to_99_percent(seq_len: int, t
 
 
 def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several segments, none of which ends where a shard does. The script makes segments small in the workers too."""
+    """Pack several segments, none of which ends with a shard. The script makes segments small in the workers too."""
     monkeypatch.setattr(packing, "SEGMENT_CHUNKS", 7_000)
     lengths = np.random.default_rng(1).integers(3, 200, 30_000).astype(np.int32)
     dataset = make_lengths_dataset(tmp_path / "dataset", lengths)
@@ -204,7 +204,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     chunks = np.concatenate([chunks_of(plan, row) for row in range(plan.num_rows)])
     assert sorted(chunks.tolist()) == list(range(30_000))
     rows_of = [set((chunks_of(plan, row) // 7_000).tolist()) for row in range(plan.num_rows)]
-    assert max(len(segments) for segments in rows_of) == 1  # chunks meet only within a segment
+    assert max(len(segments) for segments in rows_of) == 1  # rows never combine chunks of two segments
 
 
 def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> None:

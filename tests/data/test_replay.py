@@ -48,7 +48,7 @@ def refused(match: str, *datasets: Dataset, overrides: tuple[str, ...]) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Dataset) -> Iterator[Path]:
-    """A folder for the test; afterwards its compiled orders are removed, and no temporary folder may be left."""
+    """Return a folder; afterwards check that no temporary folder is left in the dataset, and remove compiled orders."""
     yield tmp_path
     assert not list(prepared.path.glob(".tmp-order_*"))
     for folder in prepared.path.glob("order_*"):
@@ -86,7 +86,7 @@ def test_order_step_past_the_recorded_end_is_refused(
 
 
 def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Path) -> None:
-    """A script loops over more rows than are looked up at once."""
+    """Loop over more rows than `iterate_rows` looks up at once."""
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
     overrides = [*OVERRIDES, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
     config = parse("17m", "mlm", "pretrain", overrides=overrides)
@@ -142,7 +142,7 @@ def test_recorded_order_damaged_cache_is_rebuilt(prepared: Dataset, cache: Path)
     with open(folder / "chunks.int64", "r+b") as stream:
         stream.truncate(8)
     left = prepared.path / f".tmp-{folder.name}-killed"
-    left.mkdir()  # what a killed process leaves
+    left.mkdir()  # a temporary folder such as a killed process leaves
     assert corpus_of(prepared, overrides=overrides).fingerprint == before
     assert not left.exists()
 
@@ -182,8 +182,8 @@ def test_recorded_order_unreadable_or_incompatible_source_is_refused(
 
 
 def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
-    """Write samples as the published order does: numbered folders and files, rows shuffled within a file, `step`
-    counting samples."""
+    """Write samples in the layout of the published order: numbered folders and files, rows shuffled within a file, and
+    a column `step` that counts samples."""
     draw = np.random.default_rng(0)
     for i, part in enumerate(np.array_split(np.arange(len(samples)), files)):
         shuffled = draw.permutation(part)
@@ -195,20 +195,20 @@ def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
 
 
 def dressed(chunk: np.ndarray, style: int) -> list[int]:
-    """Return a chunk with the special tokens that one or another trainer leaves around it."""
+    """Return a chunk with another combination of special tokens around it, as trainers differ in them."""
     inner = chunk[1:-1].tolist()
     return [[CLS, *inner, SEP], inner, [CLS, *inner], [CLS, *inner, SEP, PAD, PAD], [CLS, *inner, PAD]][style % 5]
 
 
 @pytest.fixture
 def drawn(prepared: Dataset, other: Dataset) -> list[tuple[Dataset, int]]:
-    """300 chunks of two datasets in random order, some twice."""
+    """Return 300 chunks of two datasets in random order, some of them twice."""
     draw = np.random.default_rng(3)
     return [(d, int(draw.integers(d.num_chunks))) for d in draw.choice(np.array([prepared, other]), 300)]
 
 
 def contents(corpus: BlendedDataset) -> list[list[int]]:
-    """Return the tokens of every chunk in the order they are trained on."""
+    """Return the tokens of every chunk in training order."""
     pieces = []
     for row in corpus.rows(range(corpus.num_rows)):
         pieces += [piece.tolist() for piece in np.split(row.tokens, np.cumsum(row.lengths)[:-1])]
@@ -237,7 +237,7 @@ def test_recorded_order_published_samples_are_matched_by_content(
 def test_recorded_order_truncated_samples_match_truncated_chunks(prepared: Dataset, cache: Path) -> None:
     """Tokens beyond data.seq_len are ignored, in the sample and in the chunk."""
     long = [i for i in range(prepared.num_chunks) if len(prepared.chunk(i)) == 128][:10]
-    samples = [prepared.chunk(i)[:100].tolist() for i in long]  # cut and without its end
+    samples = [prepared.chunk(i)[:100].tolist() for i in long]  # truncated, so without its [SEP]
     corpus = corpus_of(prepared, overrides=(f"data.order={publish(cache / 'p', samples)}", "data.batching=padded", "data.seq_len=100"))  # fmt: skip
     assert [row.tokens[:-1].tolist() for row in corpus.rows(range(10))] == [s[:99] for s in samples]
 

@@ -44,7 +44,7 @@ def each_tokenizer_once() -> None:
 def test_tokenizer_encodes_published_vectors(tokenizer: Tokenizer, text: str) -> None:
     ids = [int(i) for i in VECTORS[text].split()]
     assert tokenizer.encode_batch([text], add_prefix_space=False) == [ids]
-    assert tokenizer.backend.encode(text).ids == [50281, *ids, 50282]  # by the template
+    assert tokenizer.backend.encode(text).ids == [50281, *ids, 50282]  # special tokens come from the template
 
 
 def test_tokenizer_has_published_special_ids_and_vocabulary_size(tokenizer: Tokenizer) -> None:
@@ -57,7 +57,8 @@ def test_tokenizer_has_published_special_ids_and_vocabulary_size(tokenizer: Toke
 def test_encode_batch_prefix_space_is_added_only_where_missing(tokenizer: Tokenizer) -> None:
     plain, prefixed = (tokenizer.encode_batch(["def f():\n    return 1"], add)[0] for add in (False, True))
     assert tokenizer.decode(plain) == "def f():\n    return 1"
-    assert tokenizer.decode(prefixed) == " def f():\n    return 1"  # none after the run of spaces, a token of its own
+    # the run of spaces is one token, and no space is added after it
+    assert tokenizer.decode(prefixed) == " def f():\n    return 1"
     assert tokenizer.encode_batch([" already", "already"]) == [tokenizer.encode_batch([" already"], False)[0]] * 2
 
 
@@ -112,14 +113,14 @@ def save_tokenizer(folder: Path, vocabulary: dict[str, int]) -> Path:
 
 @pytest.mark.parametrize("largest", [100, 70_000])
 def test_tokenizer_with_holes_in_its_ids_has_largest_id_plus_one(tmp_path: Path, largest: int) -> None:
-    """The number of its entries was taken instead: by data, but not by convert."""
+    """`data` used to take the number of entries instead, unlike `convert`."""
     folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": largest})
     assert load_tokenizer(folder).vocab_size == largest + 1
     assert token_count(folder) == largest + 1
 
 
 def test_prepare_ids_beyond_uint16_of_few_entries_are_kept(tmp_path: Path) -> None:
-    """70000 was stored as 4464."""
+    """The id 70000 used to be stored as 4464 (70000 - 65536)."""
     folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": 70_000})
     (tmp_path / "a.txt").write_text("alpha beta")
     assert prepare_here(tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1) == 0
@@ -132,7 +133,7 @@ def test_prepare_ids_beyond_uint16_of_few_entries_are_kept(tmp_path: Path) -> No
 def test_prepare_older_dataset_with_wrapped_ids_is_not_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What earlier versions made of such a tokenizer has wrapped ids in it."""
+    """Datasets that earlier versions made with such a tokenizer hold ids modulo 65536, so they are not reused."""
     folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": 70_000})
     (tmp_path / "a.txt").write_text("alpha beta")
     arguments = (tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1)
@@ -185,7 +186,7 @@ def test_load_tokenizer_settings_of_wrong_types_are_refused_or_left_out(tmp_path
 
 
 def test_load_tokenizer_panic_of_the_library_is_refused(tmp_path: Path) -> None:
-    """PanicException is no Exception."""
+    """The library's PanicException does not derive from Exception, so it needs its own handler."""
     folder = save_tokenizer(tmp_path / "t", {"alpha": 3})
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}

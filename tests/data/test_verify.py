@@ -20,14 +20,14 @@ BLOCK_BYTES = 1 << 16
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Blocks of which a small shard has more than one."""
+    """Make blocks so small that a small shard has several."""
     with mock.patch.object(digests, "SHARD_BLOCK_BYTES", BLOCK_BYTES):
         yield
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, small_blocks: None) -> Path:
-    """A shard of more than one block, a held-out part and a packing index."""
+    """Make an undamaged dataset: a shard of several blocks, a held-out part and a packing index."""
     folder = tmp_path_factory.mktemp("verify")
     source = write_jsonl(folder / "corpus.jsonl", 150)
     options = ("--chunk-tokens", 128, "--holdout", 0.05, "--seq-len", 128, "--workers", 1)
@@ -117,7 +117,7 @@ def test_verify_damaged_checksums_do_not_hide_damaged_shard(copy: Path, capsys: 
 def test_verify_record_with_damaged_digest_key_is_reported(
     copy: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Such a record must not pass for one written before records had digests."""
+    """A record whose digest key is damaged must not pass for an old record, which has no digest."""
     (path,) = [*copy.glob(name), *copy.glob(f"rows_*/{name}")]
     flip(path, path.read_bytes().index(b"content_sha256") + 3)
     status, lines = verify(copy, capsys)

@@ -1,4 +1,4 @@
-"""Processes that do the same at once, for tests of what they share: forks that begin when all of them are there."""
+"""Run one function in several forks at the same time, for tests of files that processes share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import forkserver
 
 
 def at_once(target: str, *arguments: object, processes: int = 4) -> list[str]:
-    """Call `module:function` in so many processes and return what each of them prints. It has to call `meet` first."""
+    """Call `module:function` in this many processes and return their outputs. The function must call `meet` first."""
     command, pipe = forkserver.command(target, *arguments), subprocess.PIPE
     running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(processes)]
     met = []
@@ -34,13 +34,13 @@ def at_once(target: str, *arguments: object, processes: int = 4) -> list[str]:
 
 
 def meet() -> None:
-    """Wait until all are there."""
+    """Wait until every process has called this."""
     print("ready", flush=True)
     sys.stdin.read()
 
 
 def build_rows(folder: str) -> None:
-    """Open a packing index, and print `built` where this process had to build it."""
+    """Open a packing index, and print `built` if this process had to build it."""
     real = packing_index.build_packing_index
 
     def build(*arguments: object) -> None:
@@ -54,7 +54,7 @@ def build_rows(folder: str) -> None:
 
 
 def copy_locally(folder: str, local: str) -> None:
-    """Open the copy of a dataset, which prints when it is made."""
+    """Open the local copy of a dataset; it prints a line if it has to be made."""
     corpus = open_blended_dataset([MixtureEntry(folder)], 256, "packed", 3, "pretrain")
     meet()
     open_local_copy(corpus, local).datasets[0].verify()

@@ -1,6 +1,6 @@
-"""Exported folders for an environment to check, with our model's logits for given tokens.
+"""Exported folders to check under another transformers, each with our model's logits for given tokens.
 
-`Case` reads what `exports.py` wrote, so it imports nothing of the project: it runs beside any transformers."""
+`Case` reads what `exports.py` wrote. It imports nothing of the project, because it runs in environments without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """An exported folder: `folder/model` beside `folder/expected.json` and `folder/logits.safetensors`."""
+    """An exported folder `folder/model`, with `folder/expected.json` and `folder/logits.safetensors` next to it."""
 
     folder: Path
 
@@ -29,7 +29,7 @@ class Case:
 
     @cached_property
     def logits(self) -> list[torch.Tensor]:
-        """Ours, [tokens, vocabulary], for each of `expected["token_lists"]`."""
+        """Return our model's logits [tokens, vocabulary] for each list of `expected["token_lists"]`."""
         from safetensors.torch import load_file
 
         stored = load_file(self.folder / "logits.safetensors")
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def has_local_base(self) -> bool:
-        """Local layers have a rotary base of their own."""
+        """Return whether local layers have another rotary base than global ones."""
         return self.expected["local_rope_theta"] != self.expected["global_rope_theta"]
 
     def auto_class(self) -> Any:
@@ -55,7 +55,7 @@ class Case:
         return transformers.AutoModelForMaskedLM if is_encoder else transformers.AutoModelForCausalLM
 
     def load(self, **options: Any) -> Any:
-        """The model in float32, whatever it is stored in, as its users load it."""
+        """Load the model with its Auto class, in float32 unless `options` set another dtype."""
         return self.auto_class().from_pretrained(self.model, **{"dtype": torch.float32, **options}).eval()
 
     def tokenizer(self) -> Any:

@@ -1,6 +1,6 @@
-"""Checks of a released folder, one function per promise: `check(case)` raises where it is not kept.
+"""Checks of an exported folder, one function per promise: `check(case)` raises if the folder breaks the promise.
 
-Run beside any transformers by `probe.py`, so nothing of the project is imported, and of pytest neither."""
+`probe.py` runs them in environments without the project and without pytest, so neither is imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 from tests.convert.compat.cases import Case, major
 
-TOLERANCE = 1e-4  # of float32 logits, as in the export's own verification
-HEADS = ("head.", "lm_head.", "decoder.")  # what a base model leaves unread
+TOLERANCE = 1e-4  # largest difference of float32 logits, as in the export's own verification
+HEADS = ("head.", "lm_head.", "decoder.")  # weights that a model without a head does not load
 
 
 def close(a: torch.Tensor, b: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
@@ -31,13 +31,14 @@ def same(a: Any, b: Any, what: str) -> None:
 
 
 def is_misread(case: Case) -> bool:
-    """transformers 4 builds a decoder's local rotary table from the global base; config.json can say nothing about it,
-    for both tables are made by the same function of the same config."""
+    """Return whether this transformers computes the folder's local rotary table from the wrong base.
+
+    transformers 4 makes both tables of a decoder from the global base, whatever config.json says."""
     return case.objective == "clm" and case.has_local_base and major() < 5
 
 
 def as_trained(case: Case, model: Any) -> Any:
-    """Apply the workaround of docs/convert.md where transformers misreads the folder."""
+    """Return the model, with the workaround of docs/convert.md if transformers misreads the folder."""
     if is_misread(case):
         config = copy.copy(model.config)
         config.global_rope_theta = config.local_rope_theta
@@ -46,7 +47,7 @@ def as_trained(case: Case, model: Any) -> Any:
 
 
 def saved_folder(case: Case) -> Path:
-    """Return the folder for this transformers' own copy of the model."""
+    """Return the folder into which this transformers saves the model again."""
     import transformers
 
     return case.folder / f"saved_by_{transformers.__version__}"
@@ -109,12 +110,12 @@ def stored_precision_is_kept(case: Case) -> None:
     same({weight.dtype for weight in model.parameters()}, {wanted}, "dtypes")
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([case.token_lists[0]])).logits[0]
-    coarse = 0.1 * case.logits[0].abs().max().item()  # arithmetic in bfloat16
+    coarse = 0.1 * case.logits[0].abs().max().item()  # for arithmetic in bfloat16
     close(logits, case.logits[0], "logits", TOLERANCE if wanted == torch.float32 else coarse)
 
 
 def saved_again_is_the_same(case: Case) -> None:
-    """Save with this transformers and load again; the folder stays, for the project to import."""
+    """Save with this transformers and load again; the folder stays, because test_environments.py imports it."""
     again = saved_folder(case)
     model, tokenizer = case.load(dtype="auto"), case.tokenizer()
     model.save_pretrained(again)
@@ -144,7 +145,7 @@ def tokenizer_gives_the_same_ids(case: Case) -> None:
 
 
 def tokenizer_output_fits_the_model(case: Case) -> None:
-    """`model(**tokenizer(texts))`, as every example has it."""
+    """`model(**tokenizer(texts))` works and gives our logits, also in a padded batch."""
     tokenizer, model = case.tokenizer(), as_trained(case, case.load())
     inputs = tokenizer(case.expected["texts"], padding=True, return_tensors="pt")
     same(set(inputs), {"input_ids", "attention_mask"}, "what the tokenizer gives")
@@ -156,7 +157,7 @@ def tokenizer_output_fits_the_model(case: Case) -> None:
 
 
 def nothing_is_warned_of(case: Case) -> None:
-    """Loading says nothing at the level of warnings: users take these for faults of the folder."""
+    """Loading and generating log no warning, because users would take it for a fault of the folder."""
     from transformers import AutoConfig
     from transformers.utils import logging as theirs
 
@@ -188,7 +189,7 @@ def fill_mask_pipeline(case: Case) -> None:
 
 
 def sentence_transformers_embed(case: Case) -> None:
-    """Without any file of its own the library takes the mean over tokens."""
+    """sentence-transformers embeds by the mean over tokens, although the folder has no file of that library."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
@@ -209,7 +210,7 @@ def sentence_transformers_embed(case: Case) -> None:
 
 
 def code_of_the_card_runs(case: Case) -> None:
-    """Every Python block of README.md, as its reader runs it: inside the folder."""
+    """Every Python block of README.md runs inside the folder and prints something."""
     text = Path(case.model, "README.md").read_text()
     blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
     assert blocks, "the card shows no code"

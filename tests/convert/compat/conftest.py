@@ -1,4 +1,4 @@
-"""The exported folders and the outcome of the checks in each environment, each made once a session, on first use."""
+"""Fixtures: the exported folders and the results of the checks in each environment, made once a session on first use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_INDEX = 69  # exit status of tools/compat_env.sh
 
 @dataclass(frozen=True)
 class Probed:
-    """Outcome of `probe.py` in one environment."""
+    """Result of `probe.py` in one environment."""
 
     version: str
     failures: dict[str, dict[str, str | None]]
@@ -36,14 +36,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> 
 
 @pytest.fixture(scope="session")
 def exports(exported: Callable[[str], Path]) -> Path:
-    """The folder of all of them."""
+    """Return the folder that holds every export, made on first use."""
     folders = [exported(name) for name in EXPORTS]
     return folders[0].parent
 
 
 @pytest.fixture(scope="session")
 def probed(exports: Path) -> Callable[[str], Probed]:
-    """Return the outcome for an environment, made on first use; skip where no package index can be reached."""
+    """Return a function of an environment's name that returns its results; skip if no package index can be reached."""
     done: dict[str, Probed | str] = {}
 
     def of(name: str) -> Probed:
@@ -58,7 +58,7 @@ def probed(exports: Path) -> Callable[[str], Probed]:
 
 
 def probe(name: str, exports: Path) -> Probed | str:
-    """Make the environment and run every check in it; return a reason where it cannot be made here."""
+    """Make the environment and run every check in it; return a reason instead if it cannot be made here."""
     environment = {**os.environ, "PYTHON": sys.executable}
     made = subprocess.run(
         ["bash", str(ROOT / "tools/compat_env.sh"), name], capture_output=True, text=True, env=environment

@@ -1,4 +1,4 @@
-"""Exports made with the command line from checkpoints of tiny random models, and what our own model says of them."""
+"""Make exports by the command line from checkpoints of tiny random models, and store our own model's logits for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.model.rows import pack_rows
 
 NEW_TOKENS = 16  # twice the window
 CLS, SEP = 1, 2
-# the third is longer than every window (8 keys) many times over, and padding beside it is wide
+# the third is many times longer than any window (8 keys), and needs much padding in a batch with the others
 PROMPT_TOKENS = (40, 47, 61)
 TEXTS = [
     "the reader follows the next word.",
@@ -34,13 +34,13 @@ MASKED = "the reader [MASK] the next word."
 
 @dataclass(frozen=True)
 class Export:
-    """One call of `ettin convert to-hf`."""
+    """A checkpoint to make, and how to export it by `ettin convert to-hf`."""
 
     trained_as: str
-    one_base: bool  # one rotary base for all layers
+    one_base: bool  # whether all layers have one rotary base
     options: tuple[str, ...] = ()
-    objective: str | None = None  # where it is exported as the other one
-    tokenizer: str = "plain"  # who wrote the one that came into the checkpoint: hand, "transformers", "prepare"
+    objective: str | None = None  # objective to export as, if it is not that of training
+    tokenizer: str = "plain"  # who wrote the tokenizer files: "plain" is by hand, else "transformers" or "prepare"
 
 
 SHARDED = ("--max-shard-bytes", "100K")
@@ -65,14 +65,14 @@ def ettin(*arguments: object) -> None:
 
 
 def make_export(root: Path, tokenizer: Path, name: str) -> Path:
-    """root/exports/NAME, as `cases.Case` reads it."""
+    """Make the export NAME and return root/exports/NAME, a folder that `cases.Case` reads."""
     export = EXPORTS[name]
     checkpoint = make_checkpoint(root, tokenizer, export)
     target = root / "exports" / name
     target.mkdir(parents=True)
     as_other = ["--objective", export.objective] if export.objective else []
     ettin("convert", "to-hf", checkpoint, target / "model", *export.options, *as_other)
-    if "bf16" in export.options:  # our side runs on the rounded weights too
+    if "bf16" in export.options:  # our logits must come from the rounded weights too
         checkpoint = root / f"{name}_imported"
         ettin("convert", "from-hf", target / "model", checkpoint)
     write_expected(target, checkpoint, tokenizer, name)
@@ -92,7 +92,7 @@ def make_checkpoint(root: Path, tokenizer: Path, export: Export) -> Path:
     if export.tokenizer == "transformers":
         from transformers import AutoTokenizer
 
-        # how a special token beyond the usual ones is written down changed from 4 to 5; "Z" is in no text
+        # transformers 4 and 5 store an additional special token differently; no text contains "Z"
         AutoTokenizer.from_pretrained(tokenizer, extra_special_tokens=["Z"]).save_pretrained(source)
     elif export.tokenizer == "prepare":
         load_tokenizer(tokenizer).save(source)
@@ -103,7 +103,7 @@ def make_checkpoint(root: Path, tokenizer: Path, export: Export) -> Path:
 
 
 def write_expected(target: Path, checkpoint: Path, tokenizer: Path, name: str) -> None:
-    """Our model's logits and greedy continuations, and the ids that `tokenizers` itself gives the texts."""
+    """Write our model's logits and greedy continuations, and the texts' ids by the library `tokenizers`."""
     from tokenizers import Tokenizer
 
     objective = objective_of(name)
@@ -133,7 +133,7 @@ def write_expected(target: Path, checkpoint: Path, tokenizer: Path, name: str) -
 
 
 def continued(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    """The likeliest next token, NEW_TOKENS times, computed from the beginning each time; never [SEP], which ends."""
+    """Return NEW_TOKENS greedy tokens, each computed without a cache; [SEP] is excluded, because it would end the text."""
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
         last = model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids)))[-1]

@@ -1,6 +1,6 @@
-"""Checks of a released decoder beyond its logits: generation, with and without its cache, alone and padded.
+"""Checks of an exported decoder's generation: with and without its cache, alone and in padded batches.
 
-Prompts are five windows long and longer, so that what a local layer's cache has dropped is needed by nobody."""
+Prompts have at least five windows, so a local layer's cache must drop tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.convert.compat.checks import TOLERANCE, as_trained, close, is_misread
 
 
 def generate(model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> list[list[int]]:
-    """Exactly `tokens` new ones of each row, the likeliest each time."""
+    """Return exactly `tokens` greedily chosen new tokens of each row."""
     mask = options.pop("attention_mask", torch.ones_like(ids))
     chosen = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, **options}
     with torch.no_grad():
@@ -34,7 +34,7 @@ def greedy_is_ours(case: Case) -> None:
 
 
 def cache_gives_the_same_logits(case: Case) -> None:
-    """The prompt in three pieces and then token by token, at every position."""
+    """Feed the prompt in three pieces and then token by token; the logits are ours at every position."""
     model = as_trained(case, case.load())
     ids, ours = torch.tensor([case.token_lists[2]]), case.logits[2]
     cache, actual = None, []
@@ -85,7 +85,7 @@ def text_generation_pipeline(case: Case) -> None:
 
 
 def generation_ends_with_sep(case: Case) -> None:
-    """Once [SEP] is the likeliest, its row ends and is padded while the others go on."""
+    """A row ends when [SEP] is its most likely token, and is padded while the other rows go on."""
     model = as_trained(case, case.load())
     same(model.generation_config.eos_token_id, 2, "end")
     same(model.generation_config.pad_token_id, 3, "padding")
@@ -114,7 +114,7 @@ def beams_and_cache_agree(case: Case) -> None:
 
 
 def local_base_is_ignored_by_transformers_4(case: Case) -> None:
-    """The fault that docs/convert.md tells of, so that the day it changes is noticed. Not in 5, nor with one base."""
+    """transformers 4 has the fault that docs/convert.md describes. A change will be noticed here."""
     with torch.no_grad():
         logits = case.load()(input_ids=torch.tensor([case.token_lists[2]])).logits[0]
     difference = (logits - case.logits[2]).abs().max().item()

@@ -1,5 +1,5 @@
-"""`python -m tests.convert.compat.probe EXPORTS OUT.json`, in an environment with another transformers: every check of
-every folder, and per check null or what went wrong."""
+"""Run every check on every folder: `python -m tests.convert.compat.probe EXPORTS OUT.json`, in an environment with
+another transformers. The file has null for each check that passed, else the error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.convert.compat.checks import BOTH, ENCODER, sentence_transformers_emb
 from tests.convert.compat.generation import DECODER
 
 Check = Callable[[Case], None]
-EMBEDDERS = [sentence_transformers_embed]  # not in the project's own environment
+EMBEDDERS = [sentence_transformers_embed]  # the project's own environment does not have it
 
 
 def checks_of(objective: str) -> list[Check]:

@@ -1,6 +1,6 @@
 """Exported folders in environments with other transformers, each made by tools/compat_env.sh.
 
-$ETTIN_COMPAT names them: the oldest and the newest by default, more in tests/nightly.sh."""
+$ETTIN_COMPAT names the environments: by default the oldest and the newest, in tests/nightly.sh more."""
 
 from __future__ import annotations
 

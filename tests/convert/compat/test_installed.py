@@ -1,5 +1,5 @@
-"""The transformers of the project's own environment: every check of an encoder and a decoder, generation from the other
-decoders, and proof that each check of `checks.py` and `generation.py` notices what it is for."""
+"""Run the checks under the project's own transformers: every check of an encoder and a decoder, generation from the
+other decoders. Also show that each check of `checks.py` and `generation.py` fails on a folder that breaks its promise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def json_edit(file, **changes):
 
 
 def tensors_edit(change):
-    """Let `change` work on all tensors of the folder, in a dictionary."""
+    """Return an edit of a folder that passes its tensors, as a dictionary, to `change` and writes them back."""
 
     def damage(model):
         (file,) = model.glob("*.safetensors")
@@ -111,11 +111,11 @@ def test_compat_check_of_damaged_export_fails(exported, tmp_path, check, name, d
     folder = tmp_path / name
     shutil.copytree(exported(name), folder)
     damage(folder / "model")
-    with pytest.raises((AssertionError, OSError)):  # OSError: from the code of the card
+    with pytest.raises((AssertionError, OSError)):  # the model card's code raises OSError
         check(Case(folder))
 
 
 def test_compat_damage_table_covers_every_check():
-    alike = {generation.beams_and_cache_agree}  # compares a model with itself: no folder breaks it
+    alike = {generation.beams_and_cache_agree}  # this check compares a model with itself, so no folder breaks it
     every = {*checks_of("mlm"), *checks_of("clm")} - {*EMBEDDERS} - alike
     assert {check for check, _, _ in DAMAGE} == every

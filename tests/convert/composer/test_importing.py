@@ -1,4 +1,4 @@
-"""Sources of a file's model config (--config, the file's record, a published size), and what is refused."""
+"""Sources of an imported file's model configuration (--config, the file's record, a published size), and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def imported(tmp_path, **options):
 
 
 def test_from_composer_run_yaml_gives_model_config(tmp_path):
-    """Numbers as the published files write them: 1e-5 is a text in YAML 1.1, an unset local base is the global one."""
+    """Read the published notation: 1e-5 is a text in YAML 1.1, and an unset local base means the global one."""
     trainer_file(tmp_path / "file.pt", "clm", config=None)
     text = yaml.safe_dump(
         {"max_seq_len": 7999, "model": {"name": "flex_gpt", "model_config": without("local_attn_rotary_emb_base")}}
@@ -81,7 +81,7 @@ def test_from_composer_no_window_makes_all_layers_global(tmp_path):
 
 
 def small_17m():
-    """The shape of 17m with a small vocabulary: every published shape is recognised by layers and widths."""
+    """Return the shape of 17m with a small vocabulary, since published shapes are recognised by layers and widths."""
     shape = dataclasses.asdict(SIZES["17m"])
     names = {"num_layers": "num_hidden_layers", "ffn_hidden_size": "intermediate_size"}
     return {"vocab_size": 320, "pad_token_id": 3, **{names.get(key, key): value for key, value in shape.items()}}

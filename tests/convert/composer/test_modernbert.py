@@ -1,5 +1,5 @@
-"""Folders with ModernBERT's config.json as transformers 4 wrote it: imported with their thetas, window and names, and
-trained on."""
+"""Folders with a config.json that transformers 4 wrote for ModernBERT are imported with their thetas, window and names,
+and can be trained further."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = {"tiny": (64, 96, 4, "17m"), "base": (768, 1152, 12, "150m"), "large": 
 
 
 def folder_of(folder, name):
-    """Make a folder as answerdotai's are, of seeded weights."""
+    """Make a folder like answerdotai's ModernBERT, with seeded random weights."""
     hidden, inner, heads, _ = SHAPES[name]
     shape = {**TINY, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads}
     make_model("mlm", {**shape, "num_hidden_layers": LAYERS}).save_pretrained(folder)
@@ -33,7 +33,7 @@ def folder_of(folder, name):
 
 
 def imported(tmp_path, capsys, name):
-    """(their folder, the checkpoint imported from it), once both are found to say the same."""
+    """Import a folder, check settings, tensors and logits, and return (their folder, our checkpoint)."""
     theirs, ours = folder_of(tmp_path / "theirs", name), tmp_path / "ours"
     status, _, err = command(capsys, "from-hf", theirs, ours, "--json")
     assert status == 0, err

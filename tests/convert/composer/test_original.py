@@ -1,4 +1,4 @@
-"""Files that the original trainer's own code wrote under Composer: our model computes the logits that it computed."""
+"""Files that the original trainer's code wrote under Composer: our model computes the same logits as theirs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_from_composer_logits_equal_original_code(tmp_path, capsys, objective):
 
 
 def test_to_hf_decoder_with_one_key_less_changes_logits(tmp_path, capsys):
-    """With the 8 keys that transformers computes by itself the logits are others: the file is a real test of 9."""
+    """With a window of 8 keys, transformers' default, the logits differ, so the fixture does test a window of 9."""
     expected = load_file(FILES / "clm.safetensors")
     assert command(capsys, "from-composer", FILES / "clm.pt", tmp_path / "ours")[0] == 0
     assert command(capsys, "to-hf", tmp_path / "ours", tmp_path / "theirs", "--no-verify")[0] == 0

@@ -1,4 +1,4 @@
-"""Files that would run code, or that are damaged: nothing runs; weights are imported or refused in one line."""
+"""Files that would run code, or that are damaged: no code runs, and weights are imported or refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
         RAN.append(f"{event} {arguments!r}"[:200])
 
 
-sys.addaudithook(_watch)  # stays for the process; it looks only while a test has armed it
+sys.addaudithook(_watch)  # an audit hook cannot be removed; it records only while a test has armed it
 
 
 class watching:
@@ -43,7 +43,7 @@ class watching:
 
 
 class Calls:
-    """Pickle as a call of any function with any arguments, and then a state to build."""
+    """An object whose pickle calls any function with any arguments, and optionally sets a state."""
 
     def __init__(self, function, *arguments, state=None):
         self.call = (function, arguments) if state is None else (function, arguments, state)
@@ -184,7 +184,7 @@ def test_from_composer_damaged_pickle_is_refused(tmp_path, capsys):
 
 
 def test_from_composer_compressed_record_is_refused(tmp_path, capsys):
-    """A zip bomb: a small file that says it unfolds into a large one."""
+    """Refuse a zip bomb: a small record that declares a large decompressed size."""
     trainer_file(tmp_path / "good.pt", "mlm")
     rewrite(tmp_path / "good.pt", tmp_path / "bad.pt", "data/0", lambda content: content, zipfile.ZIP_DEFLATED)
     refused(capsys, tmp_path, tmp_path / "bad.pt", "is compressed")
@@ -201,7 +201,7 @@ def test_from_composer_flipped_bit_in_weight_is_refused(tmp_path, capsys):
 
 
 def test_from_composer_without_optimizer_records_is_imported(tmp_path, capsys):
-    """Records of the optimizer's state are taken out of the file: the import does not miss them."""
+    """Import a file from which the records of the optimizer's state are removed, because the import needs none."""
     model = trainer_names(reference("mlm"), "mlm")
     torch.save(composer_state(model, "mlm"), tmp_path / "file.pt")
     largest = max(tensor.nbytes for tensor in model.values())
@@ -218,7 +218,7 @@ def test_from_composer_without_optimizer_records_is_imported(tmp_path, capsys):
 
 
 def rewrite(source, target, record, change, compression=zipfile.ZIP_STORED):
-    """Copy a file of torch.save with one record changed."""
+    """Copy a file of torch.save, with `change` applied to one of its records."""
     with zipfile.ZipFile(source) as held, zipfile.ZipFile(target, "w") as out:
         for info in held.infolist():
             content, wanted = held.read(info), info.filename.endswith(f"/{record}")

@@ -1,4 +1,4 @@
-"""A trainer's file -> our checkpoint -> transformers: the tensors and the logits of the model the file was made of."""
+"""A trainer's file -> our checkpoint -> transformers: tensors and logits equal those of the model in the file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_from_composer_state_dict_prefixes_and_locations_are_recognized(tmp_path
 
 
 def test_from_composer_decoder_with_separate_qkv_keeps_weights_and_logits(tmp_path, capsys):
-    """The file holds the names of transformers' decoder, with separate q, k and v."""
+    """Import a file with the names of transformers' decoder, which keeps q, k and v apart."""
     model = reference("clm")
     torch.save(model.state_dict(), tmp_path / "file.pt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
@@ -91,7 +91,7 @@ def test_from_composer_half_precision_is_widened(tmp_path, capsys, dtype):
 
 
 def test_from_composer_views_of_shared_storage_keep_weights_and_logits(tmp_path, capsys):
-    """One flat storage for all tensors, and a transposed one: strides and offsets are followed."""
+    """Follow strides and offsets: all tensors are views of one storage, and one of them is transposed."""
     model = reference("mlm")
     named = trainer_names(model, "mlm")
     flat, offset = torch.cat([tensor.reshape(-1) for tensor in named.values()]), 0

@@ -1,4 +1,4 @@
-"""Files as the original trainer wrote them, made of transformers' own models: names by hand, state around them by hand."""
+"""Make files like the original trainer's from models of transformers; names and surrounding state are written by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.convert.folders import TINY, command, make_model
 
-# what its class FlexBertConfig writes for the models of tests/convert/folders.py
+# content of the trainer's FlexBertConfig for the models of tests/convert/folders.py
 CONFIG = {
     **{"model_type": "bert", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
     **{"num_attention_heads": 4, "attention_layer": "rope", "bert_layer": "prenorm", "embedding_layer": "sans_pos"},
@@ -24,14 +24,14 @@ CLASSES = {"mlm": "FlexBertForMaskedLM", "clm": "FlexBertForCausalLM"}
 
 
 class Metric:
-    """Stand in for the many classes whose objects such a file holds."""
+    """Stand in for the classes of Composer and torchmetrics whose objects such a file holds."""
 
     def __init__(self) -> None:
         self.value = 1.0
 
 
 def reference(objective: str, shape: dict[str, Any] = TINY) -> Any:
-    """A model of transformers whose decoder's window is what the original trainer's is: one key more."""
+    """Return a model of transformers; a decoder's window has one key more, as in the original trainer."""
     window = shape.get("local_attention", 128) // 2 + 1
     model = make_model(objective, shape if objective == "mlm" else {**shape, "sliding_window": window})
     model.set_attn_implementation("eager")
@@ -39,7 +39,7 @@ def reference(objective: str, shape: dict[str, Any] = TINY) -> Any:
 
 
 def trainer_names(model: Any, objective: str) -> OrderedDict[str, torch.Tensor]:
-    """The state dict of HuggingFaceModel(FlexBert...), in its names: Wqkv fused in both classes."""
+    """Return the weights under the names of the trainer's FlexBERT models, which fuse q, k and v in both classes."""
     theirs, named = model.state_dict(), OrderedDict()
     for name, tensor in theirs.items():
         if ".k_proj." in name or ".v_proj." in name:
@@ -54,7 +54,7 @@ def trainer_names(model: Any, objective: str) -> OrderedDict[str, torch.Tensor]:
 
 
 def composer_state(named: dict[str, torch.Tensor], objective: str, config: dict[str, Any] | None = CONFIG) -> Any:
-    """Return the tree that Composer puts around the weights, with objects of its own classes."""
+    """Return the tree that Composer saves around the weights, which contains objects of its classes."""
     integrations: dict[str, Any] = {}
     if config is not None:
         content = config | {"causal_mask": objective == "clm"}
@@ -77,7 +77,7 @@ def composer_state(named: dict[str, torch.Tensor], objective: str, config: dict[
 
 
 def trainer_file(path: Path, objective: str, shape: dict[str, Any] = TINY, **changes: Any) -> Any:
-    """Write a trainer's file and return the model it was made of."""
+    """Write a trainer's file and return the transformers model whose weights it holds."""
     model = reference(objective, shape)
     torch.save(composer_state(trainer_names(model, objective), objective, **changes), path)
     return model
