@@ -1,4 +1,4 @@
-"""Faults of hosts that the package finds or survives: injected into a run by tests, and by tools/chaos.py."""
+"""Faults of hosts that the package detects or survives, which tests and tools/chaos.py inject into a run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rank_1_reads(act) -> Iterator[None]:
-    """Do something on rank 1 before it reads the rows of a step."""
+    """Call `act(step)` on rank 1 before it reads the rows of a step."""
     from megatron_ettin.batching.host import HostBatches
 
     make = HostBatches.make
@@ -131,7 +131,7 @@ def _sleep_at_step_3(step: int) -> None:
 
 
 def _hold_the_interpreter_at_step_3(step: int) -> None:
-    """Loop in C code that lets no other thread of Python in."""
+    """Sleep in C code that holds the GIL, so that no other Python thread runs."""
     if step == 3:
         ctypes.PyDLL("libc.so.6").sleep(1000)
 

@@ -69,7 +69,7 @@ class Child:
         self.exitcode: int | None = None
 
     def answer(self, timeout_seconds: float | None) -> dict[str, int] | None:
-        """Return the server's next line; None where the server is gone. Raises TimeoutError."""
+        """Return the server's next answer, or None if the server is gone. Raises TimeoutError."""
         self.control.settimeout(timeout_seconds)
         while b"\n" not in self.received:
             block = self.control.recv(1 << 12)
@@ -92,26 +92,26 @@ class Child:
         return self.wait(0.0)
 
     def kill(self) -> None:
-        """Kill it and wait for its end."""
+        """Kill the child with SIGKILL and wait for its end."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
     def close(self) -> None:
-        """Kill it, if it still runs, and forget it."""
+        """Kill the child if it still runs, and close the connection."""
         self.kill()
         self.control.close()
 
 
 class ForkServer:
-    """The server's side of the tests: one process, of which the children are forks.
+    """Handle of the server process, from which children are forked.
 
     Args:
         setup: `module:function` that imports what children need, called once before the first fork.
-        arguments: of that function; strings and numbers.
-        path: the server's socket, where another process may ask too; made anew by default.
-        owner: the process with which the server ends; this one by default.
+        arguments: arguments of `setup`: strings and numbers.
+        path: path of the server's socket, which other processes may use too. Default: in a new temporary folder.
+        owner: id of the process with which the server ends. Default: this process.
     """
 
     def __init__(
@@ -138,18 +138,18 @@ class ForkServer:
         files: Sequence[int] = (0, 1, 2),
         environment: dict[str, str] | None = None,
     ) -> Child:
-        """Fork a process that calls `module:function` and ends with what it returns.
+        """Fork a process that calls a function and exits with the status that it returns.
 
         Args:
-            target: the function.
-            arguments: what it is given; strings, numbers, lists and dicts of them.
-            files: its standard input, output and error; more become 3, 4, ...
-            environment: its variables; this process's by default.
+            target: the function, as `module:function`.
+            arguments: its arguments: strings, numbers, or lists and dicts of them.
+            files: descriptors that become the child's 0, 1, 2, and more if given.
+            environment: the child's environment variables. Default: those of this process.
         """
         return call(self.path, target, arguments, files, environment, self.process)
 
     def close(self) -> None:
-        """End the server and all that was forked from it."""
+        """End the server and all its children."""
         self.process.terminate()
         self.process.wait()
         if self.folder:
@@ -164,7 +164,7 @@ def call(
     environment: dict[str, str] | None = None,
     process: subprocess.Popen[bytes] | None = None,
 ) -> Child:
-    """Ask the server at `path`, see `ForkServer.call`."""
+    """Fork a process from the server at `path`, as `ForkServer.call` does."""
     control = connect(path, process)
     request = {
         "target": target,
@@ -227,7 +227,7 @@ def command(target: str, *arguments: object) -> list[str]:
     It ends with the status that the function returns, or by the signal that ended the fork.
     """
     path = shared()
-    # so that no test's time limit counts the server's imports
+    # waits for the server's imports, so that no test's time limit counts them
     connect(path).close()
     return [sys.executable, "-IS", str(CLIENT), str(path), target, *map(str, arguments)]
 
@@ -260,7 +260,7 @@ def be_program(*arguments: str) -> int | None:
 
 
 class Server:
-    """The server process."""
+    """The process that imports everything and forks a child for each connection."""
 
     def __init__(self, path: str, owner: int) -> None:
         self.owner = owner
@@ -279,7 +279,7 @@ class Server:
         os.rename(path + ".new", path)
 
     def serve(self) -> None:
-        """Fork for each connection, until the owner is gone."""
+        """Serve one fork for each connection, until the owner is gone."""
         while os.path.exists(f"/proc/{self.owner}"):
             for key, _ in self.selector.select(1.0):
                 if key.fileobj is self.listening:
@@ -296,7 +296,7 @@ class Server:
         try:
             request, files = receive(connection)
         except (OSError, ValueError, IndexError):
-            # it only checked that the server listens
+            # the client only checked that the server listens
             connection.close()
             return
         pid = os.fork()
@@ -339,7 +339,7 @@ class Server:
 
 
 def kill(pid: int) -> None:
-    """Kill a child, and its whole group where it leads one."""
+    """Kill a child, or its whole process group if it leads one."""
     with contextlib.suppress(ProcessLookupError):
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
@@ -360,8 +360,8 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def be_child(request: dict[str, Any], files: list[int]) -> None:
-    """Turn this fork into the requested process, and end as such a process would."""
-    # away from the numbers that they will get
+    """Turn this fork into the requested process; it exits with the status that the real process would have."""
+    # moves the files away from the descriptors that they will get
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
     for number, file in enumerate(high):
         os.dup2(file, number)
@@ -375,7 +375,7 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
         os.setsid()
     # the server's own handler would end the server
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # the server ignores these where the tests were started in the background, or by nohup
+    # the server ignores these signals if the tests were started in the background or by nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in request["ignored"]:
@@ -423,12 +423,12 @@ def main(path: str, owner: str, setup: str, arguments: str) -> None:
         server.serve()
     finally:
         server.close()
-        # imported libraries have nothing to clean up here
+        # skips the clean-up of imported libraries, which have nothing to clean up
         os._exit(0)
 
 
 if __name__ == "__main__":
-    # by the module's own name, under which children look up functions
+    # runs under the module's import name, under which children look up functions
     from tests.forkserver import main as imported_main
 
     imported_main(*sys.argv[1:])

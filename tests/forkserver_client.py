@@ -20,7 +20,7 @@ def main(path: str, target: str, arguments: "list[str]") -> None:
     pending: list[int] = []
     pid = 0
 
-    # a group leader's signals are for all members
+    # the fork of a session leader leads a session too, and signals are forwarded to its whole group
     leads = os.getsid(0) == os.getpid()
 
     def forward(number: int, _: object) -> None:

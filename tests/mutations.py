@@ -1,7 +1,8 @@
-"""Mistakes in the package's code that the first tier of tests must catch: each makes a result wrong without an error.
+"""Deliberate mistakes in the package's code, each of which makes a result wrong without an error. The first tier of tests
+must catch them.
 
-`MISTAKES` names for each the test that fails under it, and `FAULTS` for each fault of tests/fault_injection.py the test that
-sees it found. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from them."""
+`MISTAKES` maps each to the test that fails under it. `FAULTS` maps each fault of tests/fault_injection.py to the test that
+sees it detected. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from them."""
 
 from __future__ import annotations
 
@@ -163,7 +164,7 @@ def masks_seeded_by_the_rank() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loss_mean_per_micro_batch() -> Iterator[None]:
-    """Normalise the loss by each micro-batch's own number of labels where the batch's is meant."""
+    """Normalise the loss by each micro-batch's number of labels instead of the batch's."""
     from megatron_ettin.train import step
 
     real = step.loss_and_labels
@@ -210,7 +211,7 @@ def swapped_query_and_key_in_exports() -> Iterator[None]:
         query, key, value = real(tensor, model, 3)
         return list(torch.cat([key, query, value]).chunk(parts))
 
-    # a frozen dataclass that the table of rules holds
+    # the rules are frozen dataclasses, so the table's entries are replaced
     object.__setattr__(rules.QKV, "split", swapped)
     try:
         yield
@@ -302,7 +303,7 @@ def _wrapped(text: str) -> str:
 
 
 def first_sentence(name: str) -> str:
-    """Return what a mistake does, from its docstring."""
+    """Return the first sentence of a mistake's docstring, without its full stop."""
     text = " ".join((inspect.getdoc(find(name)) or "").split())
     return text.partition(". ")[0].rstrip(".")
 
@@ -317,7 +318,7 @@ def find(name: str) -> Callable[[], AbstractContextManager[None]]:
 
 
 if __name__ == "__main__":
-    # by the module's own name, to which the tables' functions belong
+    # imports the module by its name, because the tables hold functions of that module
     from tests.mutations import page as imported_page
 
     PAGE.write_text(imported_page())

@@ -28,7 +28,7 @@ from tests import forkserver
 
 NO_ANSWER = "no answer in time"
 DIED = "the worker died"
-# the worker's pipe comes after its standard files
+# descriptor of the worker's pipe, after its standard files
 PIPE = 3
 
 
@@ -41,7 +41,7 @@ class Result:
 
 
 def free_port() -> int:
-    """Return a free port below the range that systems assign themselves, because it is used later."""
+    """Return a free port below the range of ephemeral ports, so that nothing else gets it before it is used."""
     while True:
         with contextlib.suppress(OSError), socket.socket() as listener:
             listener.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
-    """Return each worker's result, or that it sent none in time or has died."""
+    """Return each worker's result; for one that died or sent none in time, a result that says so."""
     results = {pipe: Result(1, NO_ANSWER) for pipe in pipes}
     missing, end = set(pipes), time.monotonic() + timeout_seconds
     while missing and (ready := wait(missing, max(0.0, end - time.monotonic()))):
@@ -59,7 +59,7 @@ def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
             except (EOFError, ConnectionResetError):
                 results[pipe] = Result(1, DIED)
             if results[pipe].status == 1:
-                # the other ranks would wait for this one in vain
+                # the other ranks would wait in vain for a rank that failed
                 end = min(end, time.monotonic() + 10)
             missing.remove(pipe)
     return list(results.values())
@@ -78,7 +78,7 @@ def worker(rank: int) -> None:
     while (job := receive(jobs)) is not None:
         world, store, port, command, mutation, folder = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-        # later phases of one job meet there again
+        # later phases of the job use this rendezvous again
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         printed = io.StringIO()
         try:
@@ -117,14 +117,14 @@ def warm_up_emulated(folder: str, major: int, minor: int) -> None:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: after a large job the allocator (platform/cpu.py) would keep gigabytes."""
+    """Return freed memory to the system, because the allocator (platform/cpu.py) would keep a large job's gigabytes."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def write_coverage() -> None:
-    """Write what coverage.py has counted, if it runs: a worker may be killed in a later job."""
+    """Save coverage.py's counts, if it runs, because a later job may kill the worker."""
     if "COVERAGE_RUN" in os.environ:
         from coverage import Coverage
 
@@ -149,8 +149,8 @@ class Pool:
     """Run commands on ranks.
 
     Args:
-        emulated: the folder of Transformer Engine's Python, which the workers then have, and the compute capability of
-            their device (tests/emulated_te).
+        emulated: (folder of Transformer Engine's Python, compute capability of the simulated device), to give the
+            workers the emulated Transformer Engine (tests/emulated_te).
     """
 
     def __init__(self, emulated: tuple[Path, tuple[int, int]] | None = None) -> None:
@@ -202,7 +202,7 @@ class Pool:
         return Connection(ours.detach()), child
 
     def close_workers(self, timeout_seconds: float = 0.001) -> None:
-        """End the workers; those that have not ended by themselves in time are killed."""
+        """Close the workers' pipes and wait for them; kill those that do not exit in time."""
         for pipe, _ in self.workers:
             pipe.close()
         for _, child in self.workers:
@@ -211,8 +211,8 @@ class Pool:
         self.workers = []
 
     def close(self) -> None:
-        """End the workers, and the process that they were forked from if no other pool has it."""
-        # idle ones end at once, and write what coverage.py has counted
+        """End the workers, and their fork server if this pool started it."""
+        # idle workers exit at once and save coverage.py's counts
         self.close_workers(timeout_seconds=10)
         if self.server:
             self.server.close()

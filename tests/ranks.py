@@ -1,4 +1,4 @@
-"""Ranks of `ettin` as processes of their own, which tests may stop and kill, unlike the pool's workers.
+"""Start ranks of `ettin` as separate processes, which tests may stop and kill, unlike the pool's workers.
 
 They are forked from the test session's server (tests/forkserver.py)."""
 
@@ -42,7 +42,7 @@ class Ranks:
         return self.processes[rank].pid
 
     def wait(self, seconds: float, but: tuple[int, ...] = ()) -> list[int | None]:
-        """Wait for all ranks but `but`, and return exit statuses; None for ranks that still run."""
+        """Wait for all ranks except those in `but`, and return every exit status; None for a rank that still runs."""
         deadline = time.monotonic() + seconds
         for rank, process in enumerate(self.processes):
             if rank not in but:
@@ -50,7 +50,7 @@ class Ranks:
         return [process.poll() for process in self.processes]
 
     def output(self) -> str:
-        """Return what all ranks have printed."""
+        """Return the output of all ranks as one text."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
     def close(self) -> None:

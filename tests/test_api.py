@@ -1,4 +1,4 @@
-"""`megatron_ettin.api`: names of former versions work and warn; steps and objectives mean what they do in commands."""
+"""`megatron_ettin.api`: former names work and warn; steps and objectives mean the same as in commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of tests/architecture.py hold, catch what they are for, and leave the rest alone."""
+"""The package follows the rules of tests/architecture.py. Each rule catches a breach, and accepts what is allowed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The images use the setup scripts of a bare machine and pinned versions. There is no container engine here: nothing is
-built, the files are checked by reading them."""
+"""The images use the set-up scripts of a bare machine, and pinned versions. Without a container engine nothing is built;
+the tests read the files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_dockerfile_target_has_fixed_tag_user_healthcheck_and_labels(target: str
     assert re.search(r":\d+\.\d+", image), f"{image}: no fixed tag"
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert len(users) == 1
-    assert int(users[0]) > 0  # a number: a cluster may run it without looking the name up
+    assert int(users[0]) > 0  # a numeric user id, because a cluster may not know the name
     assert any(
         line.startswith("HEALTHCHECK ") and line.endswith('CMD ["ettin", "doctor", "--quick"]') for line in lines
     )
@@ -85,7 +85,7 @@ def test_constraints_pins_satisfy_setup_cfg_ranges(name: str, extras: tuple[str,
     pinned = pins(f"constraints-{name}.txt")
     wanted = {requirement.name.lower(): requirement for requirement in requirements(*extras)}
     if name == "gpu":
-        assert "torch" not in pinned  # the image brings its own torch, which the script keeps
+        assert "torch" not in pinned  # the image has its own torch, which the script keeps
         del wanted["torch"]
     for key, requirement in wanted.items():
         assert key in pinned, f"{key} is not pinned"

@@ -12,7 +12,7 @@ import pytest
 from tests import fault_injection, forkserver, mutations
 from tests.mutations import FAULTS, MISTAKES, PAGE, page
 
-FAILED = 1  # pytest's exit status where a test failed; others are errors of ours
+FAILED = 1  # pytest's exit status if a test failed; any other status is an error of this test
 
 
 def run_test(nodeid: str) -> int:
@@ -21,7 +21,7 @@ def run_test(nodeid: str) -> int:
 
 
 def outcome(nodeid: str, mistake: str, folder: Path) -> tuple[int, str]:
-    """Run a test with a mistake made in every process of it; return pytest's status and what it printed."""
+    """Run a test with a mistake applied in all its processes; return (pytest's status, its output)."""
     environment = {**os.environ, forkserver.MISTAKE_VARIABLE: mistake, "PYTEST_ADDOPTS": f"--basetemp={folder / 'tmp'}"}
     command = forkserver.command("tests.test_mutations:run_test", nodeid)
     done = subprocess.run(command, env=environment, cwd=forkserver.ROOT, capture_output=True, text=True, timeout=300)
@@ -53,5 +53,5 @@ def test_tables_name_every_mistake_and_fault(module: object, table: dict[str, st
 
 
 def test_page_of_mistakes_is_up_to_date() -> None:
-    """`python -m tests.mutations` writes it."""
+    """If this fails, run `python -m tests.mutations`, which writes the page."""
     assert PAGE.read_text() == page()

@@ -1,4 +1,4 @@
-"""`tools/setup_venv.sh` on an environment that is complete: what it prints, and where."""
+"""`tools/setup_venv.sh` on a complete environment: its output on both streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REQUESTED = ("constraints-cpu.txt", "setup.cfg")
 
 
 def test_setup_venv_prints_path_for_scripts_and_activation_for_people(tmp_path: Path) -> None:
-    """Scripts read the path from standard output, so that how to activate it stands on standard error."""
+    """Standard output has only the path, because scripts read it. How to activate it is on standard error."""
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)

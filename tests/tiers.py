@@ -1,14 +1,14 @@
 """A pytest plugin: the two tiers of the suite, and how its files are spread over processes.
 
-    pytest --tier first     what `bash tests/run.sh` runs: every test but those marked `full`
-    pytest --tier full      those alone
+    pytest --tier first     the tests without the mark `full`, which `bash tests/run.sh` runs
+    pytest --tier full      the tests marked `full`
     pytest                  both
 
-A test of the first tier that takes too long fails the run by name, because people wait for it: more than SECONDS_AT_MOST,
-on a machine that needs no more than TIER_SECONDS for the whole tier. Where the tier takes longer, so may a test.
+A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because people wait for this tier. On
+a machine that needs more than TIER_SECONDS for the whole tier, a test may take longer.
 
-With `-n` (pytest-xdist) each process takes whole groups of files, long ones first. Files of one GROUP share something
-that is expensive to make and stay together."""
+With `-n` (pytest-xdist) each process takes whole groups of files, long ones first. The files of a group share something
+that is expensive to make."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ import pytest
 from tests import forkserver
 
 SECONDS_AT_MOST = 20.0
-# what the first tier takes on two idle cores; a slow or busy machine stretches the tier and each of its tests alike
+# upper bound of the first tier's seconds on two idle cores; a slow machine stretches the tier and each test alike
 TIER_SECONDS = 600.0
-# folder or file -> the group whose cluster, server or emulation it shares
+# prefix of a test's path -> its group, whose tests share a cluster, a server or the emulation
 GROUPS = {
     "tests/launch/": "slurm",
     "tests/prepare/test_cluster.py": "slurm",
@@ -37,7 +37,7 @@ GROUPS = {
     "tests/release/": "release",
     "tests/convert/compat/": "compat",
 }
-# what takes longest starts first, so that no process is left alone with it at the end
+# the longest groups start first, so that none of them runs alone at the end
 FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/optim/test_deepspeed.py", "report")
 FIRST += ("chaos", "release", "compat", "tests/test_mutations.py")
 WANT_SERVER = {"pool", "corpus"}
@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: runs in `tests/run.sh --all`, not in the first tier (tests/README.md)")
-    # neither an xdist worker nor a run within a test
+    # not in an xdist worker, and not in pytest run by a test
     if forkserver.FOLDER_VARIABLE not in os.environ:
         os.environ[forkserver.FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="ettin-tests-")
         os.environ[forkserver.OWNER_VARIABLE] = str(os.getpid())
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = [item for item in items if (item.get_closest_marker("full") is None) == (tier == "first")]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
         items[:] = wanted
-    # stable: keeps the order within each group
+    # a stable sort keeps the order within each group
     items.sort(key=lambda item: rank_of(group_of(item.nodeid)))
 
 
@@ -126,7 +126,7 @@ class TimeLimit:
         self.late: list[tuple[float, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # counting lines takes time of its own
+        # coverage slows every test
         limited = self.tier == "first" and report.when == "call" and "COVERAGE_RUN" not in os.environ
         if limited and report.duration > SECONDS_AT_MOST:
             self.late.append((report.duration, report.nodeid))

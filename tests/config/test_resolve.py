@@ -55,9 +55,8 @@ def test_format_count_writes_the_short_suffix() -> None:
 
 def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
     config = parse("17m", "clm", "decay", overrides=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
-    assert config.optim.weight_decay_reference_lr == pytest.approx(
-        2e-3
-    )  # twice the rate, the recipe's ratio in the phase decay
+    # twice the rate, the recipe's ratio in the phase decay
+    assert config.optim.weight_decay_reference_lr == pytest.approx(2e-3)
     assert config.model.max_position_embeddings == 256
     assert config.batch.micro_batch_rows == 4
 

@@ -142,9 +142,8 @@ def test_round_trip_with_tokenizer_keeps_ids_and_runs_tasks(tmp_path, tiny_token
         tokenizer = AutoTokenizer.from_pretrained(room / "again")
         text = "the reader follows the next word."
         ids = AutoTokenizer.from_pretrained(tiny_tokenizer)(text)["input_ids"]
-        assert tokenizer(text)["input_ids"] == (
-            ids if objective == "mlm" else ids[:-1]
-        )  # a decoder's tokenizer adds no [SEP], because a prompt is to be continued
+        # a decoder's tokenizer adds no [SEP], because a prompt is to be continued
+        assert tokenizer(text)["input_ids"] == (ids if objective == "mlm" else ids[:-1])
         assert tokenizer.padding_side == {"mlm": "right", "clm": "left"}[objective]
         from_hf(room / "again", room / "back")
         theirs = {load_tokenizer(folder).fingerprint for folder in (room / "back" / "tokenizer", tiny_tokenizer)}

@@ -1,4 +1,4 @@
-"""Checks of the calls in tagged blocks: nothing is started, and a wrong option, key or target fails."""
+"""Check the calls in tagged blocks without starting anything: a wrong option, key or target fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.docs.pages import ROOT
 
 
 def check(arguments: list[str]) -> int | None:
-    """Parse a call with its command's own parser; run it with --dry-run where the command has that option."""
+    """Parse a call with its command's own parser, and run it with --dry-run if the command has that option."""
     name, rest = arguments[0], arguments[1:]
     if name == "ettin":
         return ettin(rest)
@@ -30,7 +30,7 @@ def check(arguments: list[str]) -> int | None:
 
 
 def torchrun(arguments: list[str]) -> tuple[int, list[str]]:
-    """Return the number of ranks that it starts, and the words of the ettin call."""
+    """Return the number of ranks that a torchrun call starts, and the arguments of its `ettin` call."""
     from torch.distributed.run import get_args_parser
 
     args = get_args_parser().parse_args(arguments)
@@ -55,7 +55,7 @@ def ettin(arguments: list[str], ranks: int | None = None) -> int | None:
     args = parse_arguments(parser_of(name), name, rest)
     check_keys(from_overrides([*getattr(args, "overrides", [])]))
     if name in ("train", "bench") and "--compare" not in rest:
-        if ranks is not None:  # checks that the layout fits the number of ranks
+        if ranks is not None:  # this checks that the layout fits the number of ranks
             split_into_jobs(parse_command(name, rest, []), ranks, None)
         elif name == "bench":
             parse_command(name, rest, [])

@@ -1,4 +1,4 @@
-"""Runs the commands of the docs, each in a fork of the test session's server (tests/forkserver.py).
+"""Run the commands of the docs, each in a fork of the test session's server (tests/forkserver.py).
 
 With DOCS_DRY set nothing is started: see `dry.py`. Otherwise sizes are made small (`small.py`) and the real command
 runs."""
@@ -14,7 +14,7 @@ from tests.forkserver import be_program, protected
 
 
 def run(*call: str) -> int | None:
-    """Run the program of the first word as the rest says."""
+    """Run the program named by the first argument with the other arguments, or check the call if DOCS_DRY is set."""
     from tests.docs import dry, small
 
     arguments = list(call)

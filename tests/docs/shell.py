@@ -14,12 +14,12 @@ from tests.launch.forked import write_program
 
 CALLS = ("ettin", "torchrun", "python")  # forked in every block
 DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # forked in tagged blocks only
-ABSOLUTE = re.compile(r"(?<![\w./])/(?=(?:data|scratch|shared)/)")  # paths that pages invent
+ABSOLUTE = re.compile(r"(?<![\w./])/(?=(?:data|scratch|shared)/)")  # absolute paths that pages invent
 MEASURED = """\
 {"size": "150m", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 331000, "chunk_tokens": 615}
 {"size": "1b", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 74000, "chunk_tokens": 615}
 """
-# page -> path -> its content: a copy of a run (mlm, clm), of the corpus or of a folder for transformers, or a text
+# page -> path -> what is put there: a copy of a run ("mlm", "clm"), of the corpus or of an exported folder, or a text
 CORPORA = {"corpus": "corpus", "corpus-8k": "corpus"}
 COMPOSER = {"ep0-ba5996-rank0.pt": str(ROOT / "tests" / "fixtures" / "composer" / "mlm.pt")}
 RUN = {"runs/17m-mlm": "mlm"}
@@ -42,16 +42,16 @@ NEEDS: dict[str, dict[str, str]] = {
     "docs/release.md": RUN,
     "docs/training.md": {**CORPORA, "runs/mlm": "mlm", "runs/clm": "clm", "runs/decay": "mlm", "some/hf-folder": "hf"},
 }
-EXACT = ("docs/tutorial.md",)  # pages whose commands are small as printed
+EXACT = ("docs/tutorial.md",)  # pages whose commands are run unchanged, because they are small as printed
 
 
 @dataclass
 class Shell:
-    """Run blocks.
+    """A shell that runs a page's blocks in a folder with the files that they name.
 
     Attributes:
-        base: holds the files to copy.
-        programs: the folder of `make_programs`.
+        base: folder of the runs, datasets and files to copy from.
+        programs: folder of the programs that blocks call (`make_programs`).
     """
 
     base: Path

@@ -1,4 +1,4 @@
-"""The sizes that blocks run with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48 tokens.
+"""Sizes to run the docs' blocks with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48 tokens.
 A block's own options take precedence, except for the number of workers and the numbers of GPUs of a `plan --scale`."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def sized(arguments: list[str]) -> list[str]:
         return ["train", *TINY, *STEPS, *arguments[1:]]
     if arguments[:1] == ["bench"] and "--compare" not in arguments:
         return ["bench", *TINY, *arguments[1:]]
-    if arguments[:1] == ["plan"] and "--scale" in arguments:  # seconds for each number
+    if arguments[:1] == ["plan"] and "--scale" in arguments:  # each number of GPUs takes seconds
         position = arguments.index("--scale") + 1
-        first, *_ = parse_gpu_counts(arguments[position])  # refuses what is no range
+        first, *_ = parse_gpu_counts(arguments[position])  # raises if it is no range
         return [*arguments[:position], f"{first}:{2 * first}", *arguments[position + 1 :]]
     if arguments[:1] == ["prepare"]:
         given = {"--tokenizer": os.environ["DOCS_TOKENIZER"], **{k: v for k, v in PREPARE.items() if v}}

@@ -1,5 +1,5 @@
-"""Every block of commands in the README and the docs works as printed: it is run, with small sizes, on files with the
-names that its page uses, or, where a tag says why it cannot run here, checked without starting anything."""
+"""Every block of commands in the README and the docs works as printed. It is run, with small sizes, on files with the
+names that its page uses. If a tag says why it cannot run here, it is checked without starting anything."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.docs.shell import EXACT, Shell
 SHELLS = ("bash", "console", "sh")
 BLOCKS = [block for block in all_blocks() if block.language in SHELLS]
 BY_PAGE = {page: [block for block in BLOCKS if block.page == page] for page in dict.fromkeys(b.page for b in BLOCKS)}
-# runs, a dataset, an export, ranks of torchrun and checked jobs; the others run in the second tier
+# these pages cover runs, a dataset, an export, ranks of torchrun and checked jobs; the others are marked `full`
 FIRST_TIER = ("README.md", "docs/prepare.md", "docs/convert.md", "docs/layouts.md", "docs/slurm.md")
 INLINE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 GROUPS = ("model", "parallel", "precision", "optim", "schedule", "data", "batch")
-GROUPS += ("checkpoint", "metrics", "resilience", "profile")  # without `run`, which is also a name of functions
+GROUPS += ("checkpoint", "metrics", "resilience", "profile")  # not `run`, which is also the name of functions
 KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(GROUPS)})\.[a-z]\w*)(?![\w.(/])")
 FILES = (".jsonl", ".py", ".md")
 # keys of the original trainer's YAML, and a deliberate typo
@@ -54,7 +54,7 @@ def worse_than_guessing(text: str) -> list[str]:
 
 
 def test_tutorial_torchrun_names_the_threads_of_a_rank() -> None:
-    """Without them torchrun prints a banner, which is the first that a newcomer sees of it."""
+    """Without OMP_NUM_THREADS torchrun prints a long notice, which would be the first thing a newcomer sees."""
     calls = [line for block in BY_PAGE["docs/tutorial.md"] for line in block.text.splitlines() if "torchrun" in line]
     assert calls
     assert [line for line in calls if not line.startswith("OMP_NUM_THREADS=1 torchrun ")] == []
@@ -98,7 +98,7 @@ def test_docs_page_named_options_and_keys_exist(path: Path) -> None:
     assert not [wrong for text in [*spans, *(block.text for block in fences)] for wrong in options_and_keys(text)]
 
 
-# blocks that must fail, and a word of the message
+# (block that must fail, a part of its message)
 WRONG = [
     ("ettin plan --size 1b --gpus 8 --no-such", "--no-such"),
     ("ettin train --size 17m --objective mlm --phase pretrain --dry-run optim.rate=1", "optim.rate"),
@@ -126,7 +126,7 @@ WRONG_IN_TAGGED = [
 
 
 def few_first(cases: list[tuple[str, str]], count: int) -> list[Any]:
-    """Leave the first cases in the first tier."""
+    """Return the cases as parameters, all but the first `count` marked `full`."""
     return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.full) for case in cases[count:])]
 
 

@@ -10,5 +10,5 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 
 
 def test_config_page_is_up_to_date() -> None:
-    """After a change of a key: python tools/config_reference.py docs/config.md."""
+    """If this fails after a change of a key, run: python tools/config_reference.py docs/config.md."""
     assert PAGE.read_text(encoding="utf-8") == reference()

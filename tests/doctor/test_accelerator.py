@@ -28,7 +28,7 @@ def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch
 
 
 def test_apex_with_transformer_engine_is_used_in_fp32_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it is there or not: with Transformer Engine nothing of bf16 or FP8 asks for it (platform/layers.py)."""
+    """With Transformer Engine, only fp32 runs use Apex (platform/layers.py), so its absence is no problem."""
     metadata = tmp_path / "transformer_engine-2.12.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.12.0\n")
@@ -70,4 +70,4 @@ def test_gpus_missing_or_too_old_are_a_problem(monkeypatch: pytest.MonkeyPatch) 
     old = inventory.Gpu("NVIDIA V100", 32, "7.0", False)
     assert accelerator._gpus([old], None)[0].state == "problem"
     monkeypatch.setattr(inventory, "driver", lambda: "580.65.06")
-    assert accelerator._gpus([], None)[0].state == "problem"  # a driver, and torch sees nothing
+    assert accelerator._gpus([], None)[0].state == "problem"  # there is a driver, but torch sees no GPU

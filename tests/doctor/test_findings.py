@@ -1,4 +1,4 @@
-"""The worst of several findings, and how many there are of each state."""
+"""The worst state of several findings, and the number of findings in each state."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def blackwell_pool(te_folder: Path) -> Iterator[Pool]:
 
 @contextmanager
 def emulated(te_folder: Path, capability: tuple[int, int]) -> Iterator[Pool]:
-    """Give a pool on an emulated device once its server has imported, so that no test waits for that."""
+    """Return a pool on an emulated device, once its server has imported everything, so that no test waits for that."""
     shared = Pool((te_folder, capability))
     assert shared.server is not None
     try:
@@ -60,7 +60,7 @@ def emulated(te_folder: Path, capability: tuple[int, int]) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def trained(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """Return a function that trains one rank in a precision, with more overrides, once."""
+    """Return a function that trains one rank in a precision, with more overrides, and caches the run."""
     made: dict[tuple[str, str], Trained] = {}
 
     def get(precision: str, overrides: str = "") -> Trained:

@@ -1,4 +1,4 @@
-"""TE's types as torch's."""
+"""torch's dtypes for Transformer Engine's types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All-gathers of weights of two types together.
+"""Replace coalesced all-gathers of tensors of two types by one all-gather for each tensor.
 
 Core coalesces the weights of a bucket group, where bytes of FP8 weights are mixed with 16-bit weights. NCCL gathers each
 by itself; gloo copies them through one buffer of the first one's type."""

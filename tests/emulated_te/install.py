@@ -17,16 +17,16 @@ import torch
 from tests.emulated_te import extension
 from tests.emulated_te.gathering import gather_one_by_one
 
-# exports to ONNX and kernels in Triton (of mixtures of experts, of MXFP8): they want packages that nothing here needs
+# modules of TE that need packages we do not install: exports to ONNX, and Triton kernels (mixtures of experts, MXFP8)
 LEFT_OUT = ("onnx_extensions", "triton", "triton.pad", "triton.permutation", "triton.cross_entropy")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
-# each process that computes with the emulation has to have them
+# environment variables of each process that computes with the emulation
 VARIABLES = {
-    # its libraries are not loaded
+    # keeps TE from loading its compiled libraries
     "NVTE_PROJECT_BUILDING": "1",
-    # as runtime.deterministic sets it on a device
+    # set as runtime.deterministic sets it on a device
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    # DeepSpeed's own detection asks for a device
+    # DeepSpeed's own detection would look for a device
     "DS_ACCELERATOR": "cpu",
 }
 
@@ -34,7 +34,7 @@ VARIABLES = {
 def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
     """Install the emulation; call it before anything imports core, which looks for TE once.
 
-    `folder` holds TE's Python (its wheel, unpacked); `capability` decides what it offers: MXFP8 on Blackwell only."""
+    `folder` holds TE's Python (its wheel, unpacked). `capability` is the simulated device's: MXFP8 needs BLACKWELL."""
     sys.path.insert(0, str(folder))
     os.environ.update(VARIABLES)
     sys.modules["transformer_engine_torch"] = extension.make(folder / "transformer_engine")
@@ -134,7 +134,7 @@ def _tensors_are_on_cuda() -> None:
     run_backward = torch.autograd._engine_run_backward
 
     def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        # torch leaves a mode while it answers `backward`, and TE's backward passes ask too
+        # torch disables the mode during `backward`, but TE's backward passes also read `is_cuda`
         with CudaMeansCpu():
             return run_backward(*args, **kwargs)
 

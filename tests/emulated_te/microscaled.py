@@ -1,5 +1,5 @@
-"""MXFP8, of Blackwell: 32 values in a row, and for products along columns 32 in a column, share a power of two, which
-is a byte (E8M0). Both copies lie in the order of the matrix."""
+"""MXFP8 of Blackwell: 32 consecutive values of a row share a power of two, stored as a byte (E8M0). A second copy, for
+products along columns, shares it over 32 values of a column. Both copies are stored in the matrix's order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _put(padded: torch.Tensor, exponents: torch.Tensor) -> None:
 
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
-    """Return the copy of that direction as a matrix in fp32."""
+    """Return the row-wise or column-wise copy as a matrix in fp32."""
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     scales = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
     assert data is not None, f"a product reads {'rows' if rowwise else 'columns'} of an MXFP8 tensor that has none"

@@ -1,4 +1,4 @@
-"""Matrix products, of FP8 operands too."""
+"""Matrix products with 16-bit, fp32 or FP8 operands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To FP8 and back: per tensor with a given scale (delayed) or its own (current), in blocks of 128, and microscaled."""
+"""Quantize to FP8 and back: per tensor by a given scale (delayed) or its own (current), in blocks of 128, microscaled."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         quantizer.scale.copy_(scale)
         _quantize_tensor(source, quantizer, output)
     elif isinstance(quantizer, te_tensor.Float8Quantizer):
-        # only where it is requested
+        # made only if it is requested
         if quantizer.amax.numel():
             quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
         _quantize_tensor(source, quantizer, output)
@@ -129,7 +129,9 @@ def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
 
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
-    """Return an operand of a product as a matrix in fp32; quantized ones must have the copy of that direction. Hopper multiplies FP8 in one layout only, so that each direction is a copy of its own."""
+    """Return an operand of a product as a matrix in fp32. Quantized operands must have the copy of that direction.
+
+    Hopper multiplies FP8 in one layout only, so a tensor has one copy for each direction."""
     from transformer_engine.pytorch import tensor as te_tensor
     from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
@@ -140,7 +142,7 @@ def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
             data = tensor._data
             assert data is not None, "a product reads rows of an FP8 tensor that has none"
         else:
-            # with one scale there are no two copies then
+            # devices that multiply FP8 in any layout keep a single copy of a tensor with one scale
             if is_non_tn_fp8_gemm_supported():
                 return values_of(tensor, rowwise=True)
             assert tensor._transpose is not None, "no valid transpose to read"
@@ -199,7 +201,7 @@ def fused_amax_and_scale_update_after_reduction(
     for newest, history, scale in zip(parts, histories, scales, strict=True):
         shifted = torch.cat([history[1:], newest[None]])
         amax = shifted.amax(0) if algorithm == "max" else newest
-        # collects the next step's values
+        # the slot that collects the next step's amax
         shifted[0] = 0.0
         history.copy_(shifted if len(history) > 1 else newest[None])
         wanted = largest(dtype) / amax / 2.0**margin

@@ -26,7 +26,7 @@ def train(
     mutation: str | None = None,
     **named,
 ) -> Trained:
-    """Train a tiny run. `words` are overrides separated by spaces; the precision is bf16 unless they set it."""
+    """Train a tiny run. `words` are overrides separated by spaces; the precision is bf16 unless one sets it."""
     line = [*SHAPE, "precision.name=bf16", *overrides.split()]
     return train_tiny(pool, world, folder, corpus, objective, line, mutation=mutation, **named)
 
@@ -51,8 +51,9 @@ def same_weights(actual: Trained, expected: Trained) -> bool:
 
 
 def like_weights(actual: Trained, expected: Trained) -> bool:
-    """Return whether weights agree within a third of one update: ranks sum squares in another order, which FP8 may round
-    differently, and tiny gradients make updates as large as others."""
+    """Return whether weights agree within a third of one update.
+
+    Ranks sum squares in another order, which FP8 may round differently, and even tiny gradients make full updates."""
     ours, theirs = weights(actual), weights(expected)
     return ours.keys() == theirs.keys() and all(
         torch.allclose(ours[key].float(), theirs[key].float(), rtol=2**-7, atol=1e-3) for key in ours

@@ -14,7 +14,7 @@ from tests.train.runs import Trained, command
 
 pytestmark = pytest.mark.ranks
 RECIPES = ["fp8-delayed", "fp8-current", "fp8-blockwise"]
-# delayed scaling keeps most state; the others have the same code around them
+# delayed scaling keeps the most state; the other recipes share its code and are marked `full`
 FIRST_DELAYED = ["fp8-delayed", *(pytest.param(recipe, marks=pytest.mark.full) for recipe in RECIPES[1:])]
 # relative difference that FP8 rounding makes over four steps, on another layout too
 ROUNDING = 5e-4
@@ -41,7 +41,7 @@ def test_fp8_on_layout_follows_one_process(
     te_pool: Pool, corpus: Path, tmp_path: Path, trained, recipe: str, shape: str, layout: str
 ) -> None:
     actual = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {shape} {layout}")
-    # blockwise on two ranks may differ by nothing at all
+    # blockwise on two ranks may even be identical
     assert apart(actual, trained(recipe, shape)) < ROUNDING
 
 

@@ -1,5 +1,5 @@
-"""tools/gpu_validate.py on the emulated Transformer Engine, in processes of its own: the same as on a device, except
-speed. tests/nightly.sh runs the sections that take longer."""
+"""Run tools/gpu_validate.py on the emulated Transformer Engine, in its own processes. All is as on a device but speed.
+tests/nightly.sh runs the sections that take longer."""
 
 from __future__ import annotations
 

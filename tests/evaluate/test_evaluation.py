@@ -24,7 +24,7 @@ NEWS, CODE, BOTH = 40, 25, 65
 
 @pytest.fixture(scope="module")
 def two_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Dataset of two INPUTs: the file `news.jsonl` and the folder `code` of two files of other text."""
+    """Prepare a dataset of two INPUTs: the file `news.jsonl`, and the folder `code` with two files of other text."""
     folder = tmp_path_factory.mktemp("two")
     draw = random.Random(0)
     lines = [json.dumps({"text": sentences(seed, draw.randint(1, 9))}) for seed in range(NEWS)]
@@ -46,7 +46,7 @@ def run(
     two_inputs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trained:
-    """Run of two steps on two ranks, evaluated at the last one on both datasets: on all rows or on 30."""
+    """Train two steps on two ranks, evaluated at the end on both datasets, on all rows or on 30."""
     objective, layout, rows = request.param
     held_out = f"data.validation={{old: {corpus / 'heldout'}, new: {two_inputs}}}"
     arguments = [held_out, "metrics.eval_every_steps=2", f"metrics.eval_rows={rows}", "run.steps=2", *layout.split()]
@@ -81,8 +81,7 @@ def test_train_validation_logs_a_loss_per_source(run: Trained) -> None:
 def test_eval_single_process_matches_validation_loss_per_source(
     run: Trained, pool: Pool, corpus: Path, two_inputs: Path
 ) -> None:
-    """One process gets the losses and accuracies of two ranks, in all and for every source, and the sources add up to
-    the total."""
+    """One process gets the losses and accuracies of two ranks, in total and by source; the sources add up to the total."""
     rows = read_config(run.directory)["metrics"]["eval_rows"]
     arguments = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
     answer = pool.run(1, ["eval", str(run.directory), *arguments, "--baseline", str(corpus)])[0]

@@ -1,5 +1,5 @@
-"""`ettin eval --harness`: what is refused here; the harnesses themselves run in tests/nightly.sh, in an environment that
-$ETTIN_HARNESS names, on local tasks made of the tests' sentences."""
+"""`ettin eval --harness`: refusals. The harnesses themselves run in tests/nightly.sh, in the environment that
+$ETTIN_HARNESS names, on local tasks made from the tests' sentences."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_eval_harness_of_the_other_objective_is_refused_unless_named(
     capsys.readouterr()
     assert main(["eval", str(imported), *arguments]) == 2
     assert output.format(imported) in capsys.readouterr().err
-    # of the same weights as a folder, an encoder has no class that generates
+    # exported as a folder, the encoder has no class that generates
     assert main(["eval", str(folder), *arguments]) == 2
     other = "holds an encoder's class, which cannot generate" if harness == "lm" else output.format(folder)
     assert other in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Ranks with other code, weights or computed bits are named; tests/launch/test_nodes.py does so on real nodes."""
+"""Ranks that differ in code, weights or computed bits are named. tests/launch/test_nodes.py tests it on real nodes."""
 
 from __future__ import annotations
 

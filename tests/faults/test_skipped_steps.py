@@ -1,4 +1,4 @@
-"""Anomalous steps: what is skipped, reported and recorded, and that a resumed run decides like an uninterrupted one."""
+"""Anomalous steps are skipped, reported and recorded, and a resumed run decides like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.train.runs import command, read, tiered, train
 from tests.train.test_resume import ResumedRuns
 
 pytestmark = pytest.mark.ranks
-# of a run at a rate so high that its gradient norms rise: steps of both its halves are left out
+# steps of a run whose rate is so high that gradient norms rise, so updates are skipped before and after a resume
 STEPS = 20
 DIVERGING = ["optim.lr=1e-2", "optim.weight_decay_reference_lr=1e-2"]
-# every norm above the median of the latest four steps is a spike
+# with these keys every norm above the median of the last four is a spike
 NERVOUS = [
     "resilience.spike_window=4",
     "resilience.spike_sigmas=1e-6",
@@ -77,7 +77,7 @@ def test_updates_are_left_out_by_skip_settings_only(
         left_out |= {3} if on_nonfinite == "skip" else set()
     assert bool(spikes) == (on_spike != "ignore" and (not fault or on_nonfinite == "skip"))
     progress = progress_of(tmp_path)
-    # nothing is saved while updates are left out
+    # nothing is saved while updates are skipped
     assert results[0].status == int(7 in left_out), results[0].output[-2000:]
     counted = {step for step in left_out if step <= progress["step"]}
     assert progress["skipped"] == len(counted)
@@ -95,7 +95,7 @@ def nervous(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("second", ["dp2 sharded", pytest.param("tp2 pp2", marks=pytest.mark.full)])
 def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: ResumedRuns, second: str) -> None:
-    """On the same layout the run is bit-identical, on another it skips the same steps and its losses are close."""
+    """On the same layout the run is bit-identical. On another it skips the same steps, and its losses are close."""
     uninterrupted, resumed = nervous.pair("dp2 sharded", second, [*SKIPPING, *DIVERGING])
     assert 2 <= len(bad(uninterrupted)) < STEPS - 3
     assert bad(resumed).keys() == bad(uninterrupted).keys()
@@ -220,7 +220,7 @@ def healthy(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, overrides: list[str]) -> tuple[int, str]:
-    """Go on with a copy of the healthy run at a rate that wrecks it; return its exit status and output."""
+    """Resume a copy of the healthy run at a rate that makes its weights useless; return its exit status and output."""
     shutil.copytree(healthy, directory)
     options = [
         word
@@ -238,7 +238,7 @@ def names(directory: Path) -> list[str]:
 def test_checkpoints_are_kept_while_updates_are_left_out(
     pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
 ) -> None:
-    """Nothing is saved of weights that give bad figures, nothing is pruned, and the run goes on from before."""
+    """Weights with a NaN loss are not saved, nothing is pruned, and the run can resume from the last good checkpoint."""
     run = tmp_path / "run"
     overrides = ["run.steps=60", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.weights_every_tokens=1"]
     overrides += ["resilience.max_skips_in_row=3"]

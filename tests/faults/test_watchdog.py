@@ -56,24 +56,24 @@ def launch(tmp_path: Path, corpus: Path) -> Iterator[Launch]:
 def test_watchdog_suspended_rank_is_named_and_others_exit_75(
     launch: Launch, pool: Pool, corpus: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """The others write their stacks and exit with 75 after hang_seconds, and a new launch, from the checkpoint before,
-    has the losses that the stopped one had."""
+    """The other ranks write their stacks and exit with 75 after hang_seconds. A new launch resumes from the checkpoint
+    and repeats the losses of the stopped one."""
     run_dir = tmp_path / "run"
     (tmp_path / "attempt").mkdir()
     monkeypatch.setenv("ETTIN_ATTEMPT_DIR", str(tmp_path / "attempt"))
-    # without a save that the signal could fall into
+    # the second launch has no cadence of checkpoints, so that the signal cannot meet a save
     small = "model.num_layers=2"
     train(pool, 4, run_dir, corpus, "mlm", ["run.steps=2", small])
     ranks = launch(4, "run.steps=100000", small)
     wait_until(lambda: step_of(run_dir) > 4, 60, "some steps")
     os.kill(ranks.pid(2), signal.SIGSTOP)
-    # the process groups' own time limits are later than that
+    # the ranks end by the watchdog, since the process groups' timeouts are longer than this wait
     statuses = ranks.wait(60, but=(2,))
     assert statuses == [75, 75, None, 75], ranks.output()
     line = run_state(run_dir).last_stall
     assert line is not None
     assert line in ranks.output()
-    # by the watchdog's own ticks, which do not count what a busy machine takes from it
+    # the watchdog counts its own ticks, so time that a busy machine takes from the process does not count
     assert line.startswith(("stalled for 3 s: ", "stalled for 4 s: "))
     assert f"rank 2 on {os.uname().nodename} (pid {ranks.pid(2)}) has not been heard of" in line
     assert ranks.output().count("ettin train: stalled for") == 1
@@ -227,7 +227,7 @@ def test_rank_status_of_other_launch_or_torn_file_is_ignored(tmp_path: Path) -> 
 
 
 def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None:
-    """The monotonic clock jumps by an hour between two ticks, as when the process was suspended."""
+    """Let the monotonic clock jump by an hour between two ticks, as after a suspension of the process."""
     monkeypatch.setattr(watchdog, "gather_rank_info", lambda rank: ([RankInfo.here(0)], "now"))
     monkeypatch.setattr(watchdog.Watchdog, "_stall", lambda *_: pytest.fail("a stall"))
     jumps, jumped = itertools.count(), threading.Event()

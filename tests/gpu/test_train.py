@@ -15,7 +15,7 @@ from tests.train.runs import Trained, command, read
 
 
 def have_gpu() -> bool:
-    """Return whether torch sees a device; without a driver torch is not started, which takes seconds."""
+    """Return whether torch sees a device. Without a driver, torch is not imported, because that takes seconds."""
     if not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         return False
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -44,7 +44,7 @@ def run(directory: Path, corpus: Path, objective: str, device: str, overrides: l
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
-    """Return a function that trains twenty steps of an objective on a device in a precision, once."""
+    """Return a function that trains twenty steps of an objective on a device in a precision, and caches the run."""
     made: dict[tuple[str, str, str], Trained] = {}
 
     def get(objective: str, device: str, precision: str = "bf16") -> Trained:

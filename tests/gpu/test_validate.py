@@ -49,7 +49,7 @@ def be_tool(*arguments: str) -> None:
 
 
 def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    """Run the tool and return how it ended and its results by section and item."""
+    """Run the tool and return (exit status, results by section and item)."""
     overrides = [word for word in TINY if not word.startswith(ITS_OWN)]
     done = subprocess.run(
         [
@@ -81,7 +81,7 @@ def check_attention(actual: dict) -> None:
 
 
 def test_gpu_validate_attention_section_on_cpu_passes(corpus: Path, tmp_path: Path) -> None:
-    """Run what the tool starts for one section."""
+    """Run the command that the tool starts for one section."""
     done, actual = validate(tmp_path, corpus, "attention", "--child", "attention")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     check_attention(actual)

@@ -1,4 +1,4 @@
-"""Start a real SLURM of a few nodes on this host (tools/slurm_sandbox.sh), submit to it, look at it and break it."""
+"""Run a real SLURM of a few nodes on this host (tools/slurm_sandbox.sh): submit to it, query it, break it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.launch.forked import NAMED
 ROOT = Path(__file__).resolve().parents[2]
 SANDBOX = ROOT / "tools" / "slurm_sandbox.sh"
 POLL_SECONDS = 0.05
-ASK_SECONDS = 0.2  # between calls of SLURM, each of which is a process
+ASK_SECONDS = 0.2  # seconds between calls of SLURM's commands, since each call is a process
 
 
 def missing() -> str | None:
@@ -30,7 +30,7 @@ def missing() -> str | None:
 
 
 def require_slurm() -> None:
-    """Skip where SLURM is not installed; in CI that is a failure."""
+    """Skip the test if SLURM is not installed; in CI fail it."""
     why = missing()
     if why is not None and os.environ.get("CI"):
         pytest.fail(why)
@@ -50,9 +50,9 @@ class Process:
     """A process of this host, as /proc shows it.
 
     Attributes:
-        pid: of the process that works: the fork of a client of tests/forkserver.py.
-        started: of the process that was started: the client, otherwise the same.
-        parent: of the process that was started.
+        pid: id of the process that does the work. For a client of tests/forkserver.py, it is the fork.
+        started: id of the process that was started: the client, or the same as `pid`.
+        parent: id of the parent of `started`.
     """
 
     pid: int
@@ -70,7 +70,7 @@ def processes() -> list[Process]:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process has ended meanwhile
         if name.startswith(NAMED):
             forks[int(name.removeprefix(NAMED))] = int(folder.name)
         variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
@@ -86,7 +86,7 @@ class Cluster:
         self.environment = {"SLURM_CONF": str(state / "slurm.conf")}
 
     def up(self, nodes: int = 3, cpus: int = 16, gpus: int = 8) -> None:
-        port = 18_000 + os.getpid() % 100 * 10  # of several test sessions each has its own
+        port = 18_000 + os.getpid() % 100 * 10  # each test session on this host has its own ports
         settings = {**os.environ, "GPUS": str(gpus)}
         command = ["bash", SANDBOX, "up", self.state, str(nodes), str(cpus), str(port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
@@ -129,7 +129,7 @@ class Cluster:
         return self.state_of(job)
 
     def step_processes(self, job: str) -> list[Process]:
-        """Return the processes of the job's steps, without those that SLURM runs for them."""
+        """Return the processes of the job's steps, without SLURM's own."""
         mine = [p for p in processes() if p.environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]]
         mine = [p for p in mine if p.environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in p.environment]
         return [p for p in mine if not p.command.startswith("slurmstepd")]
@@ -150,7 +150,7 @@ class Cluster:
 
     @contextmanager
     def mounted(self, node: str, what: str | Path, target: Path, *options: str) -> Iterator[None]:
-        """Mount for the duration of the block; that node alone sees it (root only)."""
+        """Mount something on one node while the body runs; other nodes do not see it. Needs root."""
         self.in_node(node, "mount", *options, what, target)
         try:
             yield

@@ -1,4 +1,4 @@
-"""The programs of jobs."""
+"""Fixtures of the tests of jobs."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.launch import forked
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """Make them before a test begins, whose seconds would else be those of the fork server's imports."""
+    """Make the programs of jobs before a test begins, so that its time does not include the fork server's imports."""
     return forked.folder()

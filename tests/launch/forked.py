@@ -1,10 +1,10 @@
-"""Programs on the PATH of jobs and shells that are forks of the test session's server (tests/forkserver.py).
+"""Make programs, for the PATH of jobs and shells, that run as forks of the test session's server (tests/forkserver.py).
 
-    write_program(path, "module:function")     a file that calls the function with its name and its words
-    folder()                                   `ettin` and `torchrun` for jobs on the cluster, in the node's namespaces
+    write_program(path, "module:function")     an executable that calls the function with its own name and arguments
+    folder()                                   the folder of `ettin` and `torchrun` for jobs on the cluster
 
-Such a rank of a job is two processes: the client, which SLURM started, and the fork that does the work. The fork bears
-the client's process id in its name, by which tests/launch/cluster.py finds it."""
+So a rank of a job is two processes: the client, which SLURM started, and the fork, which does the work in the node's
+namespaces. tests/launch/cluster.py finds the fork by its process name, which contains the client's process id."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from unittest import mock
 from tests import forkserver
 
 CLIENT_VARIABLE = "ETTIN_TEST_CLIENT"
-PACE_VARIABLE = "ETTIN_TEST_PACE"  # seconds that a rank sleeps in each step, so that a fault meets it while it trains
-NAMED = "fork of "  # and the client's process id: 15 characters is what a process may be called
+# seconds that a rank sleeps in each step, so that a fault meets it while it trains
+PACE_VARIABLE = "ETTIN_TEST_PACE"
+# the client's process id follows; Linux keeps 15 characters of a process name
+NAMED = "fork of "
 NAMESPACES = {"uts": 0x04000000, "mnt": 0x00020000}
 PROGRAM = """\
 #!{python} -IS
@@ -39,11 +41,11 @@ def write_program(path: Path, target: str) -> None:
     values = {"folder": folder, "socket": socket, "target": target, "variable": CLIENT_VARIABLE}
     path.write_text(PROGRAM.format(python=sys.executable, **values))
     path.chmod(0o755)
-    forkserver.connect(forkserver.shared()).close()  # so that nobody waits for the server's imports
+    forkserver.connect(forkserver.shared()).close()  # waits for the server's imports, so that no job does
 
 
 def folder() -> Path:
-    """Return the folder of the programs for jobs, made by the first that asks."""
+    """Return the folder of the programs for jobs, made at the first call."""
     made = Path(os.environ[forkserver.FOLDER_VARIABLE]) / "jobs"
     if not made.exists():
         new = made.with_name(f"jobs.{os.getpid()}")
@@ -55,10 +57,10 @@ def folder() -> Path:
 
 
 def join_node() -> None:
-    """Enter the client's namespaces: a slurmd has a host name and mounts of its own, if it was started as root."""
+    """Enter the client's namespaces. A slurmd that was started as root has its own host name and mounts."""
     client = int(os.environ.pop(CLIENT_VARIABLE))
     Path("/proc/self/comm").write_text(f"{NAMED}{client}")
-    os.getppid = lambda: parent_of(client)  # ranks end with what started them
+    os.getppid = lambda: parent_of(client)  # a rank exits when its parent has ended: that has to be the client's parent
     if os.geteuid() != 0:
         return
     libc, folder_before = ctypes.CDLL(None, use_errno=True), os.getcwd()
@@ -70,7 +72,7 @@ def join_node() -> None:
 
 
 def parent_of(pid: int) -> int:
-    """Return the id of a process's parent; 0 where the process is gone."""
+    """Return the id of a process's parent, or 0 if the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -78,7 +80,7 @@ def parent_of(pid: int) -> int:
 
 
 def be_rank(*command_line: str) -> int | None:
-    """Run `ettin ...` on a node."""
+    """Run `ettin ...` in the node's namespaces, at the pace that PACE_VARIABLE sets."""
     join_node()
     with paced(float(os.environ.get(PACE_VARIABLE) or 0)):
         return forkserver.be_program(*command_line)
@@ -86,7 +88,7 @@ def be_rank(*command_line: str) -> int | None:
 
 @contextlib.contextmanager
 def paced(seconds: float) -> Iterator[None]:
-    """Sleep in each step."""
+    """Sleep this long before each training step while the body runs."""
     from megatron_ettin.train import trainer
 
     step = trainer.train_step
@@ -100,7 +102,7 @@ def paced(seconds: float) -> Iterator[None]:
 
 
 def be_torchrun(*command_line: str) -> None:
-    """Run `torchrun ...` on a node; the `ettin` that it starts is the one on the PATH."""
+    """Run `torchrun ...` in the node's namespaces; it starts the forked `ettin` of the PATH."""
     join_node()
     from torch.distributed.run import main
 

@@ -21,28 +21,28 @@ def forked_path() -> str:
 
 
 def train_arguments(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
-    """Return the words of a train call: encoder 17m by name, tiny by shape."""
+    """Return the arguments of `ettin train` for an encoder of the size 17m with the tests' tiny shape."""
     named = ["--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--run-dir", str(run_dir)]
     saves = [f"run.steps={steps}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=0", "resilience.hang_seconds=10"]
     return [*named, *TINY, f"data.mixture={corpus}", *saves, *more]
 
 
 def launch_arguments(nodes: int, tasks: int, *more: str) -> list[str]:
-    """Return the words of a launch call up to the `--`, without GPUs."""
+    """Return the options of `ettin launch` for nodes without GPUs, with `tasks` ranks on each."""
     return ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), *more]
 
 
 def launch(
     cluster: Cluster, arguments: list[str], *options: str, pace: float = PACE_SECONDS, real: bool = False
 ) -> str:
-    """Submit with `ettin launch --submit` and return the id of the one job.
+    """Submit with `ettin launch --submit` and return the job's id.
 
     Args:
-        cluster: where to.
-        words: of the call of `ettin train`.
-        options: of `ettin launch`.
-        pace: seconds that each step takes longer.
-        real: whether ranks are processes of their own from the start, which import for seconds and have no pace.
+        cluster: the cluster to submit to.
+        arguments: arguments of `ettin train`.
+        options: options of `ettin launch`.
+        pace: seconds that each rank sleeps in each step.
+        real: whether ranks are ordinary processes instead of forks; they import for seconds and ignore `pace`.
     """
     if not real and "--profile" not in options:
         options = (*options, "--profile", str(profile()))
@@ -53,7 +53,9 @@ def launch(
 
 
 def profile(target: Path | None = None, text: str = "") -> Path:
-    """Write a profile whose `ettin` is forked, with further keys; next to the forked programs by default."""
+    """Write a launch profile that uses the forked programs, and return its path.
+
+    `text` adds keys. Without `target` the profile is written next to the programs."""
     path = target or forked.folder() / "site.yaml"
     path.write_text(f"path: {forked.folder()}\n{text}")
     return path
@@ -65,11 +67,11 @@ def all_output(run_dir: Path) -> str:
 
 
 def step_of(run_dir: Path) -> int:
-    """Return the last step in metrics.jsonl."""
+    """Return the number of lines in metrics.jsonl, which is the last recorded step."""
     return len(lines_of(run_dir / "metrics.jsonl"))
 
 
 def log_of(run_dir: Path) -> list[str]:
-    """Return the lines that the run's jobs wrote, without those of steps."""
+    """Return the lines that the run's jobs wrote, without the lines of steps."""
     logs = sorted((run_dir / "slurm").glob("*.out"))
     return [line for log in logs for line in lines_of(log) if not line.startswith("step ")]

@@ -1,4 +1,4 @@
-"""The scripts of examples/slurm as shipped, but for sizes and for options that a cluster of CPUs lacks."""
+"""Run the scripts of examples/slurm, changed only in sizes and in options that a cluster of CPUs lacks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logs(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Submit the scripts of one run, all jobs at once; return the folder of each, which holds its output."""
+    """Submit the scripts of one run at the same time, wait for the jobs, and return the folders of their output."""
     folders, jobs = {script: tmp_path_factory.mktemp(script) for script in NODES}, {}
     for script, nodes in NODES.items():
         arguments = [word for word in ARGUMENTS if script != "one_node" or "distributed" not in word]
@@ -77,7 +77,7 @@ def test_chain_script_starts_each_phase_from_the_one_before(slurm: Cluster, corp
 def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Run one size of six and both objectives, each phase after its own earlier one."""
     variables = {"RUN": str(tmp_path / "suite"), "DATA": str(corpus), "SIZES": "17m", "PATH": forked_path()}
-    variables[PACE_VARIABLE] = "1.0"  # so that the first phase is still there when the queue is looked at
+    variables[PACE_VARIABLE] = "1.0"  # slows the first phase, so that the queue still holds it when it is read
     options = ["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "10", "--profile", profile()]
     done = slurm.call("bash", EXAMPLES / "suite.sh", *options, "--", *ARGUMENTS, **variables)
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, t
         return [state for state in answer if state["run"].startswith(str(tmp_path))]
 
     tasks = sorted(f"{job}_{task}" for job in jobs for task in (0, 1))
-    assert sorted(state["job"] for state in states()) == tasks  # each once, whether it waits or runs
+    assert sorted(state["job"] for state in states()) == tasks  # each job is listed once, whether it waits or runs
     wait_until(lambda: happened(tmp_path / "suite").count("done") == 6, 240, "the last phase")
     latest = states(tmp_path / "suite")
     assert [state["last_event"] for state in latest] == ["done"] * 6

@@ -22,19 +22,20 @@ pytestmark = pytest.mark.usefixtures("programs")
 STEPS = 24
 NO_SAVES = "checkpoint.every_steps=1000"
 TWO_NODES = launch_arguments(2, 1, "--grace-seconds", "5", "--time", "20")
-# SLURM sees that a node is lost before the supervisor gives up: where both requeue the job at once, SLURM 22.05 may end it
+# the grace period is long enough for SLURM to notice a lost node first: if supervisor and SLURM requeue a job at the
+# same time, SLURM 22.05 may end it
 TWO_BY_TWO = launch_arguments(2, 2, "--grace-seconds", "15", "--time", "20")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Train on two nodes with a rank each, from the first step to the last at one go."""
+    """Train without interruption on two nodes with one rank each."""
     return run_uninterrupted(slurm, corpus, tmp_path_factory.mktemp("jobs") / "two", TWO_NODES)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_of_four(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Train on two nodes with two ranks each, from the first step to the last at one go."""
+    """Train without interruption on two nodes with two ranks each."""
     return run_uninterrupted(slurm, corpus, tmp_path_factory.mktemp("jobs") / "four", TWO_BY_TWO)
 
 
@@ -45,7 +46,7 @@ def run_uninterrupted(cluster: Cluster, corpus: Path, run_dir: Path, options: li
 
 
 def assert_same(run_dir: Path, uninterrupted: Trained) -> None:
-    """Assert the same steps, losses and weights, to the last bit."""
+    """Assert that steps, losses and weights are the same, bit for bit."""
     interrupted = read(run_dir)
     assert interrupted.column("step") == uninterrupted.column("step")
     assert interrupted.column("loss") == uninterrupted.column("loss")
@@ -79,7 +80,7 @@ def status_of(cluster: Cluster, what: str | Path) -> dict:
 
 @contextlib.contextmanager
 def held(stopped: Iterable[Process]) -> Iterator[None]:
-    """Stop the processes for the duration of the block."""
+    """Stop the processes by SIGSTOP while the body runs."""
     stopped = list(stopped)
     for process in stopped:
         os.kill(process.pid, signal.SIGSTOP)
@@ -93,8 +94,9 @@ def held(stopped: Iterable[Process]) -> Iterator[None]:
 def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
-    """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
-    at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
+    """SLURM's signal before the limit of one minute makes the run save and requeue itself until it is done.
+
+    SLURM checks limits every 30 s. So short a run would be over by then, so its ranks are stopped meanwhile."""
     run_dir = tmp_path / "run"
     arguments = launch_arguments(2, 1, "--time", "1", "--margin-seconds", "10")
     job = launch(slurm, train_arguments(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *arguments)
@@ -127,7 +129,7 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
     job = launch(slurm, train_arguments(corpus, run_dir, STEPS), *TWO_NODES)
     past(run_dir, EVERY + 3)
     slurm.call("scancel", "--signal=USR1", job)
-    # the storm itself goes past SLURM, which may deliver a signal seconds later, to the job that was requeued meanwhile
+    # the signals do not go through SLURM, which may deliver one seconds later, to the job that was requeued meanwhile
     while "requeued" not in events_of(run_dir):
         for process in slurm.step_processes(job):
             for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -150,12 +152,12 @@ def kill_rank(cluster: Cluster, job: str) -> None:
 
 
 def kill_slurmstepd(cluster: Cluster, job: str) -> None:
-    """Kill a slurmstepd, which SLURM itself never notices."""
+    """Kill a slurmstepd; SLURM never notices that."""
     cluster.kill(last_rank(cluster, job).parent)
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
-    """Kill a node's slurmd with its step and ranks, as when a host is lost; start it again later."""
+    """Kill a node's slurmd, slurmstepd and ranks, as when a host is lost, and start the slurmd again later."""
     node = last_rank(cluster, job).environment["SLURMD_NODENAME"]
     ranks = [rank for rank in cluster.ranks(job).values() if rank.environment["SLURMD_NODENAME"] == node]
     for pid in (cluster.slurmd(node), ranks[0].parent, *(rank.pid for rank in ranks)):
@@ -184,7 +186,7 @@ def test_job_with_killed_rank_restarts_and_matches_uninterrupted_run(
 
 @pytest.mark.full
 def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """Start the ranks as users do: each imports for seconds, and they meet when the last has done so."""
+    """Start the ranks as users do: each imports for seconds, and the rendezvous ends after the last import."""
     run_dir = tmp_path / "run"
     job = launch(slurm, train_arguments(corpus, run_dir, 150, NO_SAVES), *TWO_NODES, real=True)
     past(run_dir, EVERY + 3)
@@ -198,7 +200,7 @@ def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus:
 def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted_of_four: Trained
 ) -> None:
-    """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
+    """During one run, kill a rank, a slurmstepd and a node's slurmd with its processes, then set a node down."""
     run_dir = tmp_path / "run"
     job = launch(slurm, train_arguments(corpus, run_dir, STEPS), *TWO_BY_TWO, pace=0.25)
     for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
@@ -218,11 +220,12 @@ def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
 
 @pytest.mark.full
 def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """Stop one rank, with a second job on the same node at the same time, which must not be interrupted. There is no save
-    before the end, because the phase after a save may take longer than a step."""
+    """Stop one rank of a job, while a second job on the same node must not be interrupted.
+
+    Nothing is saved before the end, because the phase after a save may take longer than a step."""
     first, second = tmp_path / "first", tmp_path / "second"
     arguments = launch_arguments(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
-    # the second one goes on for longer than it takes to end and to start the first one again
+    # the second job is slower, so that it still runs when the first one has been restarted
     run_dirs = {first: 0.2, second: 0.5}
     jobs = [
         launch(slurm, train_arguments(corpus, run, 30, NO_SAVES), *arguments, pace=pace)
@@ -247,7 +250,7 @@ def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster,
         assert rank.environment["SLURMD_NODENAME"] == "n2"
         slurm.kill(rank.pid)
         wait_until(lambda: events_of(run_dir).count("failed") > attempt, 60, "the supervisor to see it")  # noqa: B023
-        (run_dir / "metrics.jsonl").unlink()  # steps are counted anew
+        (run_dir / "metrics.jsonl").unlink()  # `past` counts the next attempt's steps from zero
     assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
     assert slurm.shown(job, "ExcNodeList") == "n2"
     assert any("n2 failed 2 times; requeued, to run without n2" in line for line in log_of(run_dir))
@@ -292,7 +295,7 @@ def test_job_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: P
     job = launch(slurm, train_arguments(corpus, run_dir, 5_000), *launch_arguments(1, 1, "--time", "10"))
     past(run_dir, 2)
     slurm.call("scancel", job)
-    assert slurm.wait_for_end(job) == "CANCELLED"  # which it is when its batch script has ended
+    assert slurm.wait_for_end(job) == "CANCELLED"  # the state after its batch script has ended
     assert slurm.shown(job, "Restarts") == "0"
     assert not slurm.ranks(job)
     assert "requeued" not in events_of(run_dir)

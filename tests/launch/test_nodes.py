@@ -1,5 +1,5 @@
-"""One node differs from the others: the line that names it, and the job that is requeued elsewhere. The fault is mounted
-over the node's files in its slurmd's own mount namespace, so that the other nodes stay as they are (root only)."""
+"""A node that differs from the others is named, and the job is requeued on other nodes. The fault is mounted over the
+node's files in its slurmd's mount namespace, so that other nodes do not see it. This needs root."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts in a node's namespace want root"),
     pytest.mark.usefixtures("programs"),
 ]
-NO_SPARE = "--sbatch-arg=--exclude=n3"  # n1 and n2 are all there is
+NO_SPARE = "--sbatch-arg=--exclude=n3"  # the job runs on n1 and n2 only
 
 
 def failed_log(cluster: Cluster, corpus: Path, run_dir: Path, *options: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Profiles of sites, time limits of sbatch and the margin before them."""
+"""Profiles of clusters, sbatch's time limits, and the margin before them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs in SLURM's queue, and what `ettin status` says of jobs and of runs that no job trains."""
+"""Jobs in SLURM's queue, and the output of `ettin status` for jobs and for runs without a job."""
 
 from __future__ import annotations
 

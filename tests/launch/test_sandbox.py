@@ -1,4 +1,4 @@
-"""`tools/slurm_sandbox.sh`: what it says without SLURM, and the names of its nodes."""
+"""`tools/slurm_sandbox.sh`: its message without SLURM, and the names of its nodes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_sandbox_node_names_resolve_inside_jobs(slurm: Cluster) -> None:
 
 @pytest.mark.full
 def test_sandbox_blocks_of_the_slurm_page_run_as_printed(corpus: Path, tmp_path: Path) -> None:
-    """Make the page's cluster and its run, but for the cluster's folder and ports, which are another's while tests run."""
+    """Run the page's blocks, with another folder and other ports, because other tests run a cluster at the same time."""
     require_slurm()
     page = (ROOT / "docs" / "slurm.md").read_text()
     first, last = [block.text for block in blocks_of(page, "docs/slurm.md") if "/tmp/cluster" in block.text]
@@ -64,11 +64,11 @@ def test_sandbox_blocks_of_the_slurm_page_run_as_printed(corpus: Path, tmp_path:
 
 
 def site_file(arguments: list[str]) -> str:
-    """Return `group.key=value` words as a site file."""
+    """Return `group.key=value` overrides as the text of a YAML file."""
     groups: dict[str, dict[str, object]] = {}
     for word in arguments:
         key, _, value = word.partition("=")
         group, _, name = key.partition(".")
-        # YAML 1.1 reads 3e-3 as text, as the command line does not
+        # YAML 1.1 reads 3e-3 as text, unlike the command line
         groups.setdefault(group, {})[name] = float(value) if "e-" in value else yaml.safe_load(value)
     return yaml.safe_dump(groups)

@@ -49,7 +49,7 @@ def test_launch_script_holds_options_overrides_and_config(tmp_path: Path) -> Non
     ("launcher", "threads"), [("srun", "${SLURM_CPUS_PER_TASK:-1}"), ("torchrun", "12")], ids=["srun", "torchrun"]
 )
 def test_launch_threads_are_the_cores_of_one_rank(tmp_path: Path, launcher: str, threads: str) -> None:
-    """Under torchrun SLURM's task is all ranks of a node, and its cores are theirs together."""
+    """Under torchrun a SLURM task holds all ranks of a node, so each rank gets its share of the task's cores."""
     (text,) = write_scripts(tmp_path, [*ONE_NODE, "--launcher", launcher], CALL).values()
     assert f"export OMP_NUM_THREADS={threads}\n" in text
     assert f"#SBATCH --cpus-per-task={12 if launcher == 'srun' else 96}\n" in text

@@ -1,4 +1,4 @@
-"""Submissions: a refusal by SLURM is quoted and leaves the run directory as it was."""
+"""A refusal by SLURM is quoted, and the run directory stays unchanged."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_write_submission_failing_mkdir_removes_the_parents_made_before(tmp_path
 
 
 def test_write_submission_any_error_restores_what_was_there(tmp_path: Path) -> None:
-    """Leave nothing behind after an error that is no UserError, as Ctrl-C is none."""
+    """Leave nothing behind after an error that is no UserError, such as Ctrl-C."""
     folder = tmp_path / "run" / "slurm"
     job = BatchJob("a", "train", (), (JobRun(tmp_path / "run"),), snapshots={"a.yaml": "not \udcff UTF-8"})
     with pytest.raises(UnicodeEncodeError):

@@ -1,5 +1,5 @@
-"""The supervisor as real processes, without a cluster: commands that fail, hang or are asked to stop, and the parts that
-read the files of others."""
+"""The supervisor as a real process without a cluster: commands that fail, hang or are asked to stop, and its readers of
+files that ranks write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.launch.cluster import wait_until
 
 FOLDER = Path(supervisor.__file__).parent
 OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-# a run in a few lines: it writes heartbeats as parallel/failure_report.py does, and fails as its body does
+# a minimal run: it writes heartbeats and failure reports as parallel/failure_report.py does; tests append its body
 RUN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["ETTIN_ATTEMPT_DIR"])
@@ -40,7 +40,9 @@ count = len(list(marks.iterdir()))
 
 
 def supervise(tmp_path: Path, body: str, *options: str, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Start it over RUN and `body`, in which `count` is the attempt's number; `errors`: where its log goes."""
+    """Start the supervisor on the program RUN + `body`, in which `count` is the attempt's number.
+
+    `errors` is the standard error of the supervisor."""
     (tmp_path / "marks").mkdir(exist_ok=True)
     command = [sys.executable, FOLDER, "--folder", tmp_path / "slurm", "--grace-seconds", "1", *options]
     command += ["--", sys.executable, "-c", RUN + body, tmp_path / "marks"]
@@ -49,7 +51,7 @@ def supervise(tmp_path: Path, body: str, *options: str, errors: int = subprocess
 
 
 def ended(tmp_path: Path, body: str, *options: str) -> tuple[int, list[str], int]:
-    """Exit status, lines of standard error, attempts."""
+    """Run the supervisor to its end; return (exit status, lines of standard error, number of attempts)."""
     running = supervise(tmp_path, body, *options)
     _, errors = running.communicate(timeout=60)
     return running.returncode, errors.splitlines(), len(list((tmp_path / "marks").iterdir()))
@@ -102,7 +104,7 @@ def test_supervisor_hung_run_is_ended_and_restarted(tmp_path: Path) -> None:
 
 
 def test_supervisor_stall_reported_by_rank_is_recorded_as_hang(tmp_path: Path) -> None:
-    """Take reason and failed rank from the ranks' line; exit status 75 alone would mean a saved run."""
+    """The reason and the failed rank come from the ranks' report. Exit status 75 alone would mean a saved run."""
     body = "beat('step', step=8)\nif not count: fail('stalled', 'stalled for 9 s: rank 3 on n2'); sys.exit(75)\nbeat('done')"
     status, lines, attempts = ended(tmp_path, body)
     assert (status, attempts) == (0, 2)
@@ -155,7 +157,7 @@ def test_supervisor_terminated_before_first_heartbeat_exits_75(tmp_path: Path) -
 
 
 def test_supervisor_with_a_full_log_reads_its_command_to_the_end(tmp_path: Path) -> None:
-    """Let the command say more than its pipe holds."""
+    """The command prints more than a pipe holds, so the supervisor must keep reading."""
     body = "beat('step', limit_seconds=60)\nfor line in range(9000): print('line', line, 'of text', file=sys.stderr)\nbeat('done')"
     with open("/dev/full", "wb") as full:
         running = supervise(tmp_path, body, errors=full.fileno())
@@ -215,7 +217,7 @@ def record(folder: Path, rank: int, when: float, text: str) -> None:
 
 
 def test_first_failed_rank_is_the_cause_not_a_victim(tmp_path: Path) -> None:
-    """Name the killed rank, although it writes no report and other ranks report its loss before srun does."""
+    """Name the killed rank, which writes no report, although other ranks report its loss before srun does."""
     record(tmp_path, 0, 10.0, "RuntimeError: Connection closed by peer [n2]:41")
     killed = failed_rank.from_srun("srun: error: n2: task 2: Killed")
     assert killed is not None

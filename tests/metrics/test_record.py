@@ -71,7 +71,7 @@ def test_jsonl_sink_resume_killed_midway_is_repeatable(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 6))
     before = path.read_bytes()
     JsonlSink(path, resume_step=3).close()
-    path.write_bytes(before)  # as if killed after the copy, before the lines were removed
+    path.write_bytes(before)  # as after a kill between the copy and the removal of the lines
     JsonlSink(path, resume_step=3).close()
     assert steps_of(path) == [1, 2, 3]
     assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [4, 5]
@@ -124,7 +124,7 @@ def test_read_metrics_missing_file_is_a_user_error(tmp_path):
 
 @contextlib.contextmanager
 def file_size_limit(size_bytes: int) -> Iterator[None]:
-    """Have the system refuse to write past so many bytes of a file, as at the limit of a quota."""
+    """Limit the size of files that this process writes, which acts like a full quota."""
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -177,7 +177,7 @@ def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):
     time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     printed = (first + process.communicate()[0]).split(b"\n")
-    last = int(printed[-2])  # the last one that was printed whole
+    last = int(printed[-2])  # the last line that was printed completely
     assert steps_of(path)[: last + 1] == list(range(last + 1))
 
 
@@ -188,7 +188,7 @@ def test_tensorboard_sink_resume_purges_later_scalars(tmp_path):
     for step in (1, 2, 3):
         first.log(line(step, paired=True))
     first.close()
-    # event files are named by the second, and read in that order: let the first be of an earlier one
+    # files are read in the order of the seconds in their names, so give the first one an earlier second
     (events_file,) = tmp_path.iterdir()
     second_of = events_file.name.split(".")[3]
     events_file.rename(tmp_path / events_file.name.replace(second_of, f"{int(second_of) - 2:010d}", 1))

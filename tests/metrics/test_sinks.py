@@ -1,5 +1,5 @@
-"""Weights & Biases in offline mode, checked by reading its files: one wandb run over all resumes, one group for encoder
-and decoder; and an unreachable service."""
+"""Weights & Biases, checked by reading its offline files: one wandb run over all resumes, one group for encoder and
+decoder. Also an unreachable service."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def blocks(content: bytes) -> Iterator[bytes]:
 
 
 def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
-    """Return {(run id, group)} and the history rows."""
+    """Return the set of (run id, group), and the history rows."""
     everything = records(run_dir)
     pages = {(r.run.run_id, r.run.run_group) for r in everything if r.WhichOneof("record_type") == "run"}
     rows = []

@@ -1,4 +1,4 @@
-"""Three ways of computing attention against the masked softmax written out."""
+"""Three attention kernels against a masked softmax that is written out."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_init_weight_is_determined_by_seed_and_name() -> None:
 
 
 def test_init_original_recipe_vocabulary_bias_is_uniform() -> None:
-    """As torch.nn.Linear's default: uniform within one over the square root of the width."""
+    """The bias has torch.nn.Linear's default: uniform within +-1 / sqrt(hidden size)."""
     bias = init.recipe_weights(21, parse("17m", "mlm", "pretrain", overrides=["run.recipe=original"]).model)
     drawn = bias("output_layer.bias", [50_368])
     assert drawn.abs().max() <= 1 / 16

@@ -21,7 +21,7 @@ def tensors(n: int, vocabulary: int = 300, hidden: int = 16) -> tuple[torch.Tens
 
 @pytest.fixture(params=["in chunks", "fused"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compute the loss in both ways; the functions of the fused one run uncompiled."""
+    """Return the loss by both implementations; the functions for torch.compile run uncompiled."""
     with mock.patch.object(loss, "compile_enabled", lambda: request.param == "fused"):
         yield
 
@@ -45,7 +45,7 @@ def test_linear_cross_entropy_matches_torch_loss_and_gradients(n: int, scale: fl
 
 @pytest.mark.parametrize("labels", [255, 253])
 def test_linear_cross_entropy_in_bf16_scales_gradients_by_unrounded_factor(labels: int, way: None) -> None:
-    """1 / labels rounded to bf16 is 0.39 and 0.37 % too large."""
+    """The factor 1 / labels must not be rounded to bf16, which would make it 0.39 and 0.37 % too large."""
     factor, norms = 1 / labels, {}
     for scale in (1.0, factor):
         x, w, b, y = (t.bfloat16() if t.is_floating_point() else t for t in tensors(2000))

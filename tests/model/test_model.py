@@ -12,13 +12,13 @@ from megatron_ettin.config.tables import SIZES
 from megatron_ettin.model import init
 from tests.model.rows import labelled, pack_rows
 
-# the output layer is the same code at any vocabulary; widths and heads are the published ones
+# a small vocabulary, because the output layer's code does not depend on it; widths and heads are the published ones
 VOCABULARY = 512
-# global layers are every third: two layers have one, seven have three and both kinds that follow one
+# every third layer is global: two layers have one of them, seven have three, each followed by local ones
 LAYERS = {"17m": 7, "32m": 4, "68m": 4, "150m": 4, "400m": 2, "1b": 2}
-# other sizes differ from these in numbers alone
+# sizes of the first tier; the others differ in numbers only
 FIRST = ("17m", "32m")
-# longer than the windows of the local layers on both sides
+# tokens, more than the local layers' windows on both sides
 LONG, SHORT = 140, 90
 
 

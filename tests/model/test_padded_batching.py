@@ -1,4 +1,4 @@
-"""Rows of padded batching that are laid end to end have the losses that they have one by one."""
+"""Rows of padded batching have the same losses laid end to end as one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both optimizers against independent references: fifteen lines of StableAdamW, torch-optimi's, torch's AdamW."""
+"""Both optimizers against independent references: a short StableAdamW, torch-optimi's, and torch's AdamW."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(optimizer_class: type, after: Callable[[], None] = lambda: None, **setti
 
 @functools.cache
 def stable() -> list[torch.Tensor]:
-    """Return the weights that StableAdamW ends with, uncompiled."""
+    """Return the weights after these gradients by StableAdamW, uncompiled."""
     return run(StableAdamW)
 
 
@@ -83,7 +83,7 @@ def test_stable_adamw_with_clipping_matches_its_formula() -> None:
 
 @contextmanager
 def fused(backend: str) -> Iterator[None]:
-    """Have the update traced by torch's compiler, and compiled by `backend`."""
+    """Let torch's compiler trace the update, and `backend` compile it."""
     compile_function = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda *given, **named: compile_function(*given, backend=backend, **named))
@@ -115,12 +115,12 @@ def check_compiled(monkeypatch: pytest.MonkeyPatch, backend: str, sizes: Iterabl
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
     assert 2 <= compiled[2] == compiled[-1]
-    # on a CPU, large tensors have a kernel of their own
+    # torch has another kernel for large tensors on a CPU
     assert last - compiled[-1] <= 2
 
 
 def test_stable_adamw_traced_matches_eager_without_retracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace without compiling: what is traced anew would be compiled anew."""
+    """Trace without compiling and count the traces, because each new trace would be a new compilation."""
     check_compiled(monkeypatch, "eager", (*range(3, 40, 6), 700, 9999, 70_000))
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as the engine: losses of the megatron engine, checkpoints that either engine resumes, refusals."""
+"""DeepSpeed's ZeRO as the engine: same losses as the megatron engine, checkpoints that either resumes, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENGINE = "parallel.engine=deepspeed"
 
 @pytest.fixture(scope="module")
 def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return the one-process run of an option on the megatron engine, trained at the first use."""
+    """Return a function that returns the one-process run of an option on the megatron engine, trained at first use."""
     made: dict[str, Trained] = {}
 
     def get(option: str, *overrides: str) -> Trained:
@@ -123,7 +123,7 @@ WHOLE, HALF = 6, 3
 
 @pytest.fixture(scope="module")
 def unfinished(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return the directory of a run of so many steps on a layout, trained at the first use."""
+    """Return a function of (layout, steps) that returns the directory of that run, trained at first use."""
     made: dict[tuple[str, int], Path] = {}
 
     def get(layout: str, steps: int) -> Path:
@@ -136,7 +136,7 @@ def unfinished(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def train_on(pool: Pool, corpus: Path, layout: str, folder: Path, steps: int) -> Trained:
-    """Train on a layout of test_zero_resume_on_either_engine_matches_uninterrupted_run."""
+    """Train on a layout written as "WORLD key=value ..." with keys of `parallel`; the engine is DeepSpeed by default."""
     world, *overrides = layout.split()
     if "engine=megatron" not in overrides:
         overrides.append("engine=deepspeed")
@@ -229,7 +229,7 @@ def test_deepspeed_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_zero_second_run_in_process_leaks_no_threads(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A process may train several runs: the process groups of one and their threads end with it."""
+    """Train two runs in one process; the threads of the first run's process groups end with it."""
     threads = []
     for number in range(2):
         overrides = ["run.steps=1", ENGINE, "parallel.zero_stage=3"]

@@ -15,7 +15,7 @@ from tests.pool import Pool
 from tests.train.runs import train
 
 TOTAL = 1_000_000
-# the recipe's keys of the schedule, which the tiny runs of the other tests set
+# prefixes of overrides that TINY sets and that these tests leave to the recipe
 UNSET = ("schedule.", "batch.warmup_tokens")
 STEPS = 10
 
@@ -46,7 +46,7 @@ def test_lr_fraction_one_minus_sqrt_matches_formula(final: float) -> None:
     for t in points():
         expected = final + (1 - final) * (1 - math.sqrt(t / TOTAL))
         assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
-    # it stays at the final fraction
+    # after the end the rate stays at the final fraction
     assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final
 
 
@@ -85,7 +85,7 @@ def test_recipe_phases_chain_learning_rates_without_jump() -> None:
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the schedule's keys out of the tiny shape's words, so that it is the recipe's."""
+    """Remove the schedule's overrides from TINY, so that runs have the recipe's schedule."""
     from tests.train import runs
 
     monkeypatch.setattr(runs, "TINY", [word for word in runs.TINY if not word.startswith(UNSET)])
@@ -94,7 +94,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unset")
 def test_train_few_steps_with_recipe_schedule_lowers_loss(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """With the warm-up of 1.7T tokens its rate was 1e-8, and nothing was learnt."""
+    """The warm-up follows the run's length. With that of 1.7T tokens the rate would be 1e-8 and teach nothing."""
     run = train(pool, 1, tmp_path / "run", corpus, "mlm", [f"run.steps={STEPS}"])
     assert run.column("lr")[1:] == [3e-3] * (STEPS - 1)
     assert run.column("loss")[-1] < run.column("loss")[0] - 0.3
@@ -119,7 +119,7 @@ def test_train_few_steps_decay_to_the_final_rate_and_resume_keeps_the_schedule(
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unset")
 def test_resume_of_an_earlier_version_keeps_its_schedule(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """It had the whole phase's decay in a run of a tenth, from the first token on, and a batch warm-up."""
+    """A run of an earlier version resumes with the whole phase's decay, from its first token on, and a batch warm-up."""
     decay, path = ["--phase", "decay"], tmp_path / "run" / "config.yaml"
     overrides = ["run.tokens=10K", "batch.warmup_min_rows=4"]
     old = ["schedule.decay_tokens=100K", "schedule.end_tokens=100K", "batch.warmup_tokens=2K"]

@@ -1,4 +1,4 @@
-"""Boxes of a range of a flattened tensor, against indices."""
+"""The boxes that cover a range of a flattened tensor, checked index by index."""
 
 from __future__ import annotations
 

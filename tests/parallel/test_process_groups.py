@@ -51,7 +51,7 @@ def test_rendezvous_late_rank_is_awaited_beyond_collective_timeout(server: Path,
     for rank in [joining(server, logs[0], 0, port, 0, 3, 120), joining(server, logs[1], 1, port, 5, 3, 120)]:
         rank.wait(120)
         rank.close()
-    # before it a rank may print which ranks it waits for
+    # earlier a rank may print which ranks it waits for
     assert [log.read_text().splitlines()[-1] for log in logs] == ["2", "2"]
 
 

@@ -1,6 +1,6 @@
-"""One rank of a large layout, alone: torch's fake process groups answer at once with nothing, everything else is the
-real code. Prints what the rank holds and what it hands to its groups in a step, as JSON. A fork of the test session's
-server runs it (tests/forkserver.py)."""
+"""Run one rank of a large layout, alone. torch's fake process groups complete at once without data; everything else is
+the real code. Prints, as JSON, the bytes that the rank holds and those that it passes to its groups in a step. Runs in a
+fork of the test session's server (tests/forkserver.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants of the step model: fitted to published runs, and to files of measured runs."""
+"""Constants of the step model, fitted to published runs and to files of measured runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU models: a file of the user's own."""
+"""GPU models that a user's file defines."""
 
 from __future__ import annotations
 

@@ -22,21 +22,21 @@ SMALL = ["model.num_layers=4", "model.vocab_size=4096", "data.seq_len=256", "bat
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """Start workers for this file alone: what a job of another file left in its process would be counted."""
+    """Start workers for this file alone, because tensors left by another file's job would be counted."""
     own = Pool()
     yield own
     own.close()
 
 
 def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *arguments: str) -> None:
-    """Check the memory that `ettin bench` predicts against what its tensors hold at their fullest."""
+    """Check that `ettin bench` predicts the peak of its tensors' bytes within 2 %."""
     out = folder / "b.jsonl"
     line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
     ranks = pool.run(world, [*line, "runtime.device=cpu", *arguments])
     assert [one.status for one in ranks] == [0] * world, "\n".join(one.output[-2000:] for one in ranks)
     (row,) = results.read(out).values()
     assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
-    # of the whole process
+    # the peak of the whole process is larger
     assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]
     assert "tensors at its fullest" in ranks[0].output
     assert "as predicted" in ranks[0].output
@@ -74,7 +74,7 @@ def test_bench_predicted_memory_of_small_shape_matches_peak_tensor_bytes(
 def test_bench_predicted_memory_matches_peak_tensor_bytes(
     pool: Pool, tmp_path: Path, world: int, objective: str, arguments: list[str]
 ) -> None:
-    # context parallelism leaves ranks other numbers of labels in each step
+    # with context parallelism a rank's number of labels varies between steps
     steps = "3" if "parallel.cp=2" in arguments else "1"
     check_prediction(pool, tmp_path, world, objective, "--warm-up", "0", "--steps", steps, *SHAPE, *arguments)
 
@@ -83,7 +83,7 @@ def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
     config = parse("150m", "mlm", "pretrain")
     assert rank_parameters(config, 0)[0] == parameter_count(config.model, config.model.vocab_size)
     piped = parse("150m", "mlm", "pretrain", overrides=["parallel.pp=4"])
-    shared = config.model.vocab_size * config.model.hidden_size  # the last stage has a copy
+    shared = config.model.vocab_size * config.model.hidden_size  # the embedding, of which the last stage has a copy
     all_stages = sum(rank_parameters(piped, rank)[0] for rank in range(4))
     assert all_stages == parameter_count(config.model, config.model.vocab_size) + shared
 

@@ -20,7 +20,7 @@ from megatron_ettin.plan.scaling import (
     simulated_seconds,
 )
 
-# tokens/s of each GPU: llm-foundry's MPT-1B; torchtitan's Llama 3.1 8B, bf16, relative
+# published tokens/s per GPU, by number of GPUs: llm-foundry's MPT-1B; torchtitan's Llama 3.1 8B in bf16, relative
 MOSAIC = {8: 45.5, 32: 45.1, 64: 44.4, 128: 44.1, 256: 42.6, 512: 39.8}
 TORCHTITAN = {8: 1.0, 128: 0.977}
 
@@ -98,7 +98,7 @@ def test_plan_scale_of_175b_matches_published_strong_scaling(capsys: pytest.Capt
     ]
     arguments += ["parallel.tp=8", "parallel.pp=12", "parallel.vpp=8", "precision.gradients=bf16"]
     rows = scale(capsys, "96,4608", "--objective", "clm", "--chunk-tokens", "2048", *arguments)
-    # theirs gathers weights beside the next step's first passes, which with stages we do not
+    # Megatron-LM overlaps the gathering of weights with the next step; with pipeline stages we do not
     assert 100 * (rows[4608]["strong_efficiency"] - 42 / 47) == pytest.approx(-3, abs=3)
 
 

@@ -1,4 +1,4 @@
-"""A run's schedule follows its length, and the line that says where the run ends in it is that of its rates."""
+"""A run's schedule follows its length, and the line about its end states the rates that training would use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_fit_schedule_given_decay_longer_than_the_steps_ends_with_the_tokens() -
 
 
 def test_fit_schedule_keeps_share_of_batch_warmup() -> None:
-    """The tokens of a number of steps depend on the batch warm-up, which is a share of them."""
+    """The tokens of 20 steps depend on the batch warm-up, whose length is a share of these tokens."""
     arguments = ["run.tokens=100M", "batch.warmup_tokens=50M", "run.steps=20"]
     config = fit_schedule(parse("17m", "mlm", "pretrain", overrides=arguments), FREE, 1_024.0)
     assert config.batch.warmup_tokens == pytest.approx(end_tokens(config, 1_024.0) / 2, rel=0.05)
@@ -81,7 +81,7 @@ def test_describe_end_says_shares_and_rate() -> None:
 
 
 def test_train_help_example_ends_at_the_full_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first run of a newcomer is that example: at the whole run's warm-up its rate was 6.7e-6."""
+    """Newcomers run this example first. With the whole phase's warm-up its last rate was 6.7e-6."""
     example = next(line for line in str(train_command.__doc__).splitlines() if line.startswith("  ettin train"))
     arguments = shlex.split(example)[1:]
     assert "run.steps=100" in arguments

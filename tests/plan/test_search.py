@@ -28,7 +28,7 @@ def test_plan_small_micro_batches_are_slower(capsys: pytest.CaptureFixture[str])
 
 
 def test_plan_keys_given_at_their_defaults_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What a script will do can be asked, though it sets what the recipe has anyway."""
+    """A key given at its default value counts as set, so that the plan fits a script that sets it."""
     site = tmp_path / "site.yaml"
     site.write_text("parallel: {overlap: false, pp: 1}\nbatch: {micro_batch_rows: 16}\n")
     arguments = ("parallel.tp=1", "parallel.cp=1", "parallel.recompute=none", "--config", str(site))
@@ -91,7 +91,7 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
 
 
 def test_plan_phase_cost_counts_empty_row_slots_of_batch_warmup(capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of the run at 96 rows a step and then at 128, on 64 GPUs: a rank computes two rows in both."""
+    """On 64 GPUs a rank computes two row slots a step, whether the batch warm-up gives a step 96 rows or 128."""
     batch = ["batch.global_batch_rows=128", "batch.micro_batch_rows=2", "batch.warmup_min_rows=96", "run.tokens=10B"]
     hours = []
     for warmup in ("0", "10B"):

@@ -10,7 +10,7 @@ from megatron_ettin.plan.step_time import LINK_SHARE, StepModel, buckets
 
 
 def test_predict_communication_matches_hand_calculation() -> None:
-    """150m in bf16 on hosts of eight GPUs: bytes of a ring over the joint rate of all NICs of a host."""
+    """For 150m in bf16 on hosts of eight GPUs, time is a ring's bytes over the joint rate of a host's NICs."""
     arguments = [
         "parallel.tp=2",
         "parallel.sequence_parallel=true",
@@ -52,6 +52,6 @@ def test_predict_overlap_hides_all_gradient_buckets_but_one() -> None:
         assert buckets(parse("1b", "mlm", "pretrain", overrides=["parallel.overlap=true"]), dp) == pieces
         plain, around = exposed(dp, "parallel.overlap=false"), model.gpu.ring_latency(dp, 1, 8)
         assert hidden == pytest.approx(plain / pieces + 2 * around * (1 - 1 / pieces), rel=0.01), dp
-    # three stages have passed when the last one's gradients are there: interleaving hides more than a stage can
+    # interleaving exposes no more of the reduction than stages of one model chunk
     deep = ("parallel.pp=4", "parallel.overlap=true")
     assert exposed(64, *deep, "parallel.vpp=2") < exposed(64, *deep) * 1.01

@@ -56,13 +56,14 @@ def test_rank_of_512_matches_predicted_memory_and_traffic(
     assert measured["parameters"] == parameters
     memory = rank_memory(config, dp, pp_rank, on_gpu=False)
     kept = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
-    assert measured["held"] == pytest.approx(kept, rel=0.001, abs=20_000)  # buffers are padded; states of generators
+    # the difference: padding of buffers, states of generators
+    assert measured["held"] == pytest.approx(kept, rel=0.001, abs=20_000)
     sent, expected = measured["sent"], volumes(config, dp, pp_rank)
 
     def passed(axis: str, *methods: str) -> int:
         return sum(count for method, count in sent.get(axis, {}).items() if method.startswith(methods))
 
-    if config.parallel.sequence_parallel:  # what is all-reduced beside: labels' sums, gradients of norms
+    if config.parallel.sequence_parallel:  # all-reduces are left out: sums over labels, gradients of norms
         assert passed("tp", "all_gather", "reduce_scatter", "_") == expected["tp"]
     elif config.parallel.tp > 1:
         assert passed("tp", "allreduce") == pytest.approx(expected["tp"], rel=0.06)

@@ -1,5 +1,5 @@
-"""Predicted bytes of a rank's collectives and transfers: of what is gathered or scattered the whole, as
-platform/trackers.py counts it on real ranks."""
+"""Predict the bytes of a rank's collectives and transfers. Gathers and scatters count the whole tensor, as in
+platform/trackers.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_ettin.plan.step_time import data_bytes, hidden_bytes, hop_bytes, t
 
 
 def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
-    """Return the bytes that a rank of that pipeline stage hands to collectives and transfers in a step, by axis.
+    """Return the bytes, by mesh axis, that a rank of a pipeline stage passes to collectives and transfers in a step.
 
     Left out are sums over labels in the loss, gradients of norms, and single numbers.
     """
@@ -21,7 +21,7 @@ def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
     if parallel.tp > 1:
         sent["tp"] = count * hidden * tensor_passes(config, pp_rank)
     if parallel.cp > 1:
-        # q, k, v and the output change hands, forward and backward
+        # an all-to-all each for q, k, v and the output, forward and backward
         sent["cp"] = count * sum(map(len, rank_stages(config, pp_rank))) * 8 * hidden / parallel.tp
     if parallel.pp > 1:
         sent["pp"] = transfers(config, pp_rank) * count * hop_bytes(config)

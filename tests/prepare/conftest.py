@@ -13,13 +13,13 @@ from tests.prepare.small_tasks import arguments_for, prepare_small_tasks, write_
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs of several tasks (tests/prepare/small_tasks.py). Read-only."""
+    """Return a folder of inputs that make several tasks (tests/prepare/small_tasks.py). Read-only."""
     return write_inputs(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture(scope="session")
 def large_dataset_folder(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset that one uninterrupted process makes of the inputs of `large`. Read-only."""
+    """Return the dataset that one uninterrupted process makes from the inputs of `large`. Read-only."""
     out = tmp_path_factory.mktemp("uninterrupted") / "out"
     assert prepare_small_tasks(*arguments_for(large, out, 1)) == 0
     return out
@@ -27,5 +27,5 @@ def large_dataset_folder(large: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def large_dataset(large_dataset_folder: Path) -> dict[str, bytes]:
-    """Its files."""
+    """Return the files of `large_dataset_folder`, name to content."""
     return files_of(large_dataset_folder)

@@ -12,7 +12,7 @@ from tests.data.corpora import prepare_here
 
 
 def documents(path: Path) -> list[tuple[str, str, list[int]]]:
-    """Return (source, document id, ids without [CLS] and [SEP]) of every document, its chunks joined."""
+    """Return (source, document id, token ids) of every document, with chunks joined and without [CLS] and [SEP]."""
     dataset = open_dataset(path)
     by_number: dict[int, tuple[str, str, list[int]]] = {}
     for i in range(dataset.num_chunks):
@@ -32,7 +32,7 @@ def prepared(folder: Path, *inputs: object, options: tuple[object, ...] = ()) ->
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
-    """Return the one line with which `ettin prepare` refuses, and assert that it leaves nothing behind."""
+    """Assert that `ettin prepare` refuses the input and leaves nothing behind, and return its one line of error."""
     capsys.readouterr()
     before = sorted(folder.rglob("*"))
     assert prepare_here(*arguments, "--out", folder / "refused", "--workers", 1) == 2

@@ -1,4 +1,4 @@
-"""`ettin prepare` on small inputs that still make several tasks: here, in a fork, or as a process that can be killed."""
+"""Run `ettin prepare` on small inputs that still make several tasks: here, in a fork, or as a process to be killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOLD_VARIABLE = "ETTIN_TEST_HOLD"
 
 
 def write_inputs(root: Path) -> Path:
-    """A directory of three small files, twelve archives, and a tokenizer of their words, which loads at once."""
+    """Write a directory of three small files, twelve archives, and a tokenizer of their words, which loads quickly."""
     (root / "texts").mkdir()
     for i in range(3):
         (root / "texts" / f"{i}.txt").write_text(words(3_000, i))
@@ -38,7 +38,7 @@ def write_inputs(root: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """One id for each of WORDS."""
+    """Write a tokenizer with one id for each of WORDS."""
     vocabulary = {text: i for i, text in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *WORDS])}
     content = {
         "version": "1.0",
@@ -72,13 +72,13 @@ def prepare_small_tasks(*arguments: str) -> int:
 def forked(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     """Start the command in a fork of a process that has imported everything.
 
-    To stop it in its midst, use `start`: a signal reaches this one by way of another process."""
+    To kill the command while it works, use `start`, because a signal reaches a fork through its client only."""
     command = forkserver.command("tests.prepare.small_tasks:prepare_small_tasks", *arguments)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
 
 
-# the workers run it too, up to its last line
+# worker processes run the script too, up to its last line
 SCRIPT = """
 import sys
 from tests.prepare.small_tasks import hold_tasks, prepare_small_tasks
@@ -89,7 +89,7 @@ if __name__ == "__main__":
 
 
 def hold_tasks() -> None:
-    """Let no task end from the one on that the environment names, so that a test can stop the command in its midst."""
+    """Block every task from the number in HOLD_VARIABLE on, so that a test can stop the command while it works."""
     first = os.environ.get(HOLD_VARIABLE)
     if first is None:
         return
@@ -104,7 +104,7 @@ def hold_tasks() -> None:
 
 
 def killed_before_publishing(*arguments: str) -> None:
-    """Run the command, and kill -9 this process when all of the dataset is staged and has only to be renamed."""
+    """Run the command, and kill this process with SIGKILL when the dataset is staged but not yet renamed."""
     from megatron_ettin.prepare import run
 
     run.plan_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -114,10 +114,10 @@ def killed_before_publishing(*arguments: str) -> None:
 def start(
     arguments: list[str], script: Path, sigint: Any = signal.SIG_DFL, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start the command as a script, in a session of its own, so that its whole process group can be killed.
+    """Start the command as a script in a new session, so that its whole process group can be killed.
 
-    `sigint` is the SIGINT handler that the command starts with. A shell's background jobs ignore SIGINT, and so would
-    the command where the tests are such a job."""
+    `sigint` is the SIGINT handler that the command inherits. It is set because the tests may be a background job of a
+    shell, which ignores SIGINT."""
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(forkserver.ROOT), *sys.path]), **environment}
     command = [sys.executable, str(script), *arguments]
@@ -127,19 +127,19 @@ def start(
 
 
 def without_progress(errors: str) -> list[str]:
-    """Return the lines of a command's standard error but those that a slow machine makes it print."""
+    """Return the lines of standard error without progress lines, which only slow machines print."""
     return [line for line in errors.splitlines() if line and not line.startswith("prepare: ")]
 
 
 def finish(running: subprocess.Popen[str]) -> str:
-    """Return what a command prints that ends well."""
+    """Wait for a command, assert that it succeeds, and return its standard output."""
     output, errors = running.communicate(timeout=180)
     assert running.returncode == 0, errors
     return output
 
 
 def fails(running: subprocess.Popen[str]) -> str:
-    """Return the one line of error of a command that exits with status 2."""
+    """Wait for a command, assert that it exits with status 2 and one line of error, and return that line."""
     _, errors = running.communicate(timeout=180)
     assert running.returncode == 2, errors
     (line,) = without_progress(errors)

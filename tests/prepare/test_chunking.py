@@ -1,4 +1,4 @@
-"""Chunking: no token twice, none lost except dropped last pieces, sizes in bounds, the recipe's numbers."""
+"""Chunking: no token is used twice or lost except in dropped last pieces, sizes are in bounds, the recipe's numbers hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_piece_bounds_any_rule_covers_all_but_dropped_tail_within_size(
     assert all(end - start == size for start, end in bounds[:-2])
     dropped = num_tokens - bounds[-1][1]
     assert dropped == 0 or (dropped < rule.skip_tokens and dropped == num_tokens % size and num_tokens > size)
-    if len(bounds) > 1 and not dropped:  # back-filled: as long as the remainder, or longer
+    if len(bounds) > 1 and not dropped:  # back-filled, so at least as long as the remainder
         assert bounds[-1][1] - bounds[-1][0] >= ((num_tokens - 1) % size) + 1 >= rule.skip_tokens
     assert bounds == piece_bounds(num_tokens, rule, key)
 
@@ -40,10 +40,8 @@ def test_piece_bounds_any_rule_covers_all_but_dropped_tail_within_size(
 def test_piece_bounds_many_keys_move_boundary_over_its_whole_range() -> None:
     rule = chunk_rule(1_024)
     lengths = [end - start for key in range(3_000) for start, end in piece_bounds(1_022 + 200, rule, str(key))[1:]]
-    assert (min(lengths), max(lengths)) == (
-        200,
-        1_021,
-    )  # moved by 0 .. 1022 - 200 - 1, as the published script draws it
+    # takes 0 to 1022 - 200 - 1 tokens from the piece before, the range of the published script
+    assert (min(lengths), max(lengths)) == (200, 1_021)
     assert abs(np.mean(lengths) - 610.5) < 15
 
 

@@ -18,7 +18,7 @@ from tests.prepare.small_tasks import fails, finish, forked, prepare_small_tasks
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two archives, a task each. Read-only."""
+    """Write two archives, each of which is one task. Read-only."""
     root = tmp_path_factory.mktemp("inputs")
     for i in range(2):
         lines = [json.dumps({"text": words(150, 1_000 * i + k)}) for k in range(300)]
@@ -29,7 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that one process makes of them."""
+    """Return the files of the dataset that one process makes from `inputs`, name to content."""
     out = tmp_path_factory.mktemp("here") / "out"
     assert prepare_small_tasks(*arguments_for(inputs, out)) == 0
     return files_of(out)
@@ -42,7 +42,7 @@ def arguments_for(inputs: Path, out: Path) -> list[str]:
 
 @pytest.fixture
 def cluster(slurm: Cluster) -> dict[str, str]:
-    """The environment in which SLURM's commands find it."""
+    """Return environment variables with which SLURM's commands find the cluster."""
     return slurm.environment
 
 
@@ -83,7 +83,7 @@ def test_prepare_slurm_rerun_reports_queued_jobs_and_resubmits_cancelled(
     assert submitted[1]["tasks_done"] == 0
     assert submitted[1]["num_tasks"] == 2
     cancel(cluster, submitted[0]["jobs"])
-    again = json.loads(finish(forked(arguments, **cluster)))  # what was cancelled is submitted again
+    again = json.loads(finish(forked(arguments, **cluster)))  # the cancelled tasks are submitted again
     assert again["new"] is True
     assert not set(again["jobs"]) & set(submitted[0]["jobs"])
     cancel(cluster, again["jobs"])
@@ -110,7 +110,7 @@ def test_prepare_slurm_task_error_is_reported_by_the_next_run(cluster: dict[str,
     submitted = forked([*arguments, "--json"], **cluster)
     output, errors = submitted.communicate(timeout=120)
     assert submitted.returncode == 0, errors
-    # datatrove's own log must not appear
+    # datatrove's log is not part of the output
     assert not errors, errors
     assert len(json.loads(output)["jobs"]) == 2
     wait_for(lambda: not queue(cluster), 180)
@@ -159,7 +159,7 @@ def test_prepare_slurm_refused_finishing_job_cancels_the_array(
 def test_prepare_slurm_other_settings_are_refused_while_jobs_are_queued(
     cluster: dict[str, str], inputs: Path, tmp_path: Path
 ) -> None:
-    """Tasks of one plan would be taken for tasks of the other. Also covers memory per job instead of per CPU."""
+    """Refuse, because tasks of one plan would be taken for those of the other. Memory is given per job, not per CPU."""
     arguments = [*arguments_for(inputs, tmp_path / "out"), "--executor", "slurm", "--slurm-time", "10"]
     arguments += ["--slurm-arg=mem=500M", "--slurm-arg=begin=now+600"]
     finish(forked(arguments, **cluster))

@@ -39,7 +39,7 @@ def table(arrow_type: pyarrow.DataType | None = None) -> pyarrow.Table:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """The token ids of TEXTS, prepared from JSON lines."""
+    """Return the token ids of TEXTS, prepared from JSON lines."""
     folder = tmp_path_factory.mktemp("lines")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return [ids for _, _, ids in prepared(folder, folder / "in.jsonl")]
@@ -98,7 +98,7 @@ def test_prepare_saved_datasets_and_splits_match_jsonl(tmp_path: Path, expected:
     assert sorted({source for source, _, _ in actual}) == [f"saved/data-{i:05d}-of-00003.arrow" for i in range(3)]
     state = tmp_path / "saved" / "state.json"
     content = json.loads(state.read_text())
-    content["_data_files"].reverse()  # the order is the state's, not the names'
+    content["_data_files"].reverse()  # shards come in the order of state.json, not of their names
     state.write_text(json.dumps(content))
     turned = prepared(tmp_path, tmp_path / "saved")
     assert [ids for _, _, ids in turned] == expected[40:] + expected[20:40] + expected[:20]
@@ -219,7 +219,7 @@ def test_prepare_remote_file_in_ranges_matches_whole_file(
     actual = prepared(tmp_path, f"memory://{tmp_path.name}/a.jsonl")
     assert [ids for _, _, ids in actual] == expected
     starts = [0, *itertools.accumulate(len(line) + 1 for line in lines.splitlines())]
-    # byte offsets in place of line numbers: nobody counts the lines of a remote file
+    # byte offsets instead of line numbers, because lines of a remote file are not counted
     assert [name for _, name, _ in actual] == [f"a.jsonl@{start}" for start in starts[:-1]]
     assert len(list((tmp_path / "out0").glob("*.bin"))) > 3
     memory.rm(f"/{tmp_path.name}", recursive=True)

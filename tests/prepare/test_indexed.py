@@ -1,4 +1,4 @@
-"""`ettin prepare` reads files written by megatron-core's own builder, and a run learns from them."""
+"""`ettin prepare` reads files that megatron-core's builder wrote, and a run on them lowers its loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.train.runs import train
 
 @pytest.fixture(scope="module")
 def written_by_core(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Prefix of a .bin/.idx pair as preprocess_data writes it: one sequence per document, [SEP] as end of document."""
+    """Write a .bin/.idx pair as Megatron-LM's preprocess_data does, and return its prefix.
+
+    Each document is one sequence that ends with [SEP]."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

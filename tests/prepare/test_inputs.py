@@ -1,4 +1,4 @@
-"""Which files of a folder `ettin prepare` reads, which it reports as passed over, and which of two columns it takes."""
+"""The files of a folder that `ettin prepare` reads, those that it reports as passed over, and its choice of two columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_lines(path: Path, count: int = 3) -> Path:
 
 
 def refused(folder: Path, *formats: str) -> str:
-    """Return the message with which the folder, or file, is refused."""
+    """Assert that the folder or file is refused, and return the message."""
     with pytest.raises(UserError) as refusal:
         list_inputs([str(folder)], *(formats or ("auto",)))
     return str(refusal.value)
@@ -68,7 +68,7 @@ def test_list_inputs_keeps_texts_and_reports_readmes_passed_over(tmp_path: Path)
 
 @pytest.mark.parametrize("above", [".", "sub/deeper"])
 def test_list_inputs_text_in_or_above_folder_of_parquet_is_refused_naming_both(tmp_path: Path, above: str) -> None:
-    """The texts were dropped, and the dataset was made of the parquet alone."""
+    """Earlier versions dropped the texts and made the dataset from the parquet file alone."""
     write_parquet(tmp_path / above / "extra.parquet", text=["a"])
     (tmp_path / "page1.md").write_text("a page of the corpus")
     message = refused(tmp_path)

@@ -1,4 +1,4 @@
-"""MDS directories that mosaicml-streaming wrote, read by `ettin prepare`; fixtures/mds/README.md says what they are."""
+"""`ettin prepare` reads MDS directories that mosaicml-streaming wrote (tests/fixtures/mds/README.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from megatron_ettin.prepare.readers.mds import array_rows
 from tests.data.corpora import files_of
 from tests.prepare.held import documents, prepared, refusal, write_json
 
-FIXTURES = Path(os.environ.get("ETTIN_MDS_FIXTURES", Path(__file__).parents[1] / "fixtures" / "mds"))  # or fresh ones
+FIXTURES = Path(
+    os.environ.get("ETTIN_MDS_FIXTURES", Path(__file__).parents[1] / "fixtures" / "mds")
+)  # nightly: new ones
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 CLS, SEP = 50281, 50282
 
@@ -46,7 +48,7 @@ def test_prepare_mds_encodings_hashes_and_codecs_are_read_or_refused(
 
 
 def test_prepare_mds_release_layout_reads_every_part_in_order(tmp_path: Path) -> None:
-    """Sub-directories of token shards, uint32 plain and uint16 in zstd; a README beside them is not training data."""
+    """Read subdirectories of token shards, uint32 uncompressed and uint16 in zstd, and no README next to them."""
     root = tmp_path / "tokens"
     for part in ("part0", "part1"):
         shutil.copytree(FIXTURES / "tokens" / part, root / part)
@@ -128,7 +130,7 @@ def test_prepare_mds_flipped_bit_is_found_by_its_hash(
     index = json.loads((root / "index.json").read_text())
     shard = index["shards"][0]
     raw = bytearray(zstandard.decompress((root / "shard.00000.mds.zstd").read_bytes()))
-    raw[-2] ^= 1  # within the last sample's "id" column or ids: still a sample
+    raw[-2] ^= 1  # changes the last sample's "id" or ids, so the shard can still be parsed
     (root / "shard.00000.mds").write_bytes(raw)
     shard["zip_data"] = None
     write_json(root / "index.json", index)
@@ -164,7 +166,7 @@ def test_prepare_mds_damaged_shard_or_index_is_refused(tmp_path: Path, capsys: p
 
     begin = int.from_bytes(whole[4:8], "little")
     shard.write_bytes(whole[:begin] + b"\xff" * 4 + whole[begin + 4 :])
-    assert "shard.00000.mds: damaged, its sha1 is" in refused(root)  # a hash, where there is one, is checked first
+    assert "shard.00000.mds: damaged, its sha1 is" in refused(root)  # if the index has a hash, it is checked first
     without_hashes(root)
     assert "shard.00000.mds#0: damaged sample" in refused(root)
     shard.write_bytes(b"\xff" * 4 + whole[4:])

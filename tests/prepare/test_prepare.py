@@ -1,4 +1,4 @@
-"""`ettin prepare`: every kind of input, the same bytes from any number of workers, and continuing after a kill."""
+"""`ettin prepare` reads every kind of input, makes the same bytes with any number of workers, and continues after a kill."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_prepare_two_workers_resumed_after_kill_write_the_bytes_of_one(
     wait_for(lambda: len(list(work.glob("tasks/task_*.json"))) >= 1)
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    assert not (tmp_path / "out").exists()  # nothing half-written
+    assert not (tmp_path / "out").exists()  # no half-written dataset
     done_before = len(list(work.glob("tasks/task_*.json")))
     assert json.loads(finish(forked([*arguments, "--json"])))["tasks_resumed"] >= done_before
     assert files_of(tmp_path / "out") == large_dataset
@@ -106,7 +106,7 @@ def test_prepare_rerun_is_complete_and_changed_settings_are_refused(
     assert prepare_here(*arguments) == 0
     assert "already complete" in capsys.readouterr().out
     assert files_of(tmp_path / "out") == before
-    assert prepare_here(*arguments, "--seq-len", 2048) == 0  # plans may be added
+    assert prepare_here(*arguments, "--seq-len", 2048) == 0  # a packing index of another length may be added
     assert (tmp_path / "out" / "rows_2048").is_dir()
     assert prepare_here(*arguments, "--chunk-tokens", 512) == 2
     assert "other settings or inputs" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_prepare_path_used_twice_in_one_process_has_the_tokens_of_the_second_tok
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """Record what `ettin prepare` forces to the disk, and when."""
+    """Run `ettin prepare` and return the record of what it synced and renamed."""
     folder = tmp_path_factory.mktemp("published")
     source = write_jsonl(folder / "a.jsonl", 30)
     options = ("--chunk-tokens", 128, "--holdout", 0.3, "--seq-len", 128, "--workers", 1)
@@ -143,7 +143,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
 
 def test_prepare_fsyncs_dataset_before_rename(published: Watched) -> None:
-    """A failure of power must not leave a dataset under its name that has lost what is in its files."""
+    """After a power failure, a dataset that has its final name must have all its content."""
     lost = {f"{rename.target.name}/{name}" for rename in published.renames for name in rename.unforced}
     assert {name for name in lost if "tokenizer" not in name} == set()
     assert published.folder not in published.unnamed

@@ -1,5 +1,5 @@
-"""Faults during `ettin prepare`: kill -9 at any moment, a lost worker, a full disk, inputs that change. The same
-command run again makes the same bytes."""
+"""Faults during `ettin prepare`: kill -9 at any moment, a lost worker, a full disk, changing inputs. The same command,
+run again, makes the same bytes as without the fault."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "4"))
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """Every living process that was started, however indirectly, with this mark in its environment."""
+    """Return every running process that has this mark in its environment, which child processes inherit."""
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -54,7 +54,7 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 
 
 def started_workers(pid: int) -> list[psutil.Process]:
-    """The worker processes of a command that have imported everything, which is when they ignore SIGINT."""
+    """Return a command's worker processes that have finished their imports, recognised by ignoring SIGINT."""
     workers = [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
     ignored = [re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text()) for worker in workers]
     return [
@@ -63,12 +63,12 @@ def started_workers(pid: int) -> list[psutil.Process]:
 
 
 def finished_tasks(folder: Path) -> list[Path]:
-    """The records of the tasks that are done."""
+    """Return the record files of the finished tasks."""
     return list((folder / ".tmp-out" / "tasks").glob("task_*.json"))
 
 
 def write_parts(folder: Path, bad: int | None = None) -> list[str]:
-    """Write four inputs of 300 documents, the last line of `bad` cut off, and return the arguments for one worker."""
+    """Write four inputs of 300 documents, cut off the last line of number `bad`, and return arguments for one worker."""
     root = folder / "in"
     root.mkdir()
     for i in range(4):
@@ -106,7 +106,7 @@ def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
                 running.kill()
             kills += 1
         running.communicate()
-        wait_for(lambda mark=mark: not marked_processes(mark))  # no process is left over
+        wait_for(lambda mark=mark: not marked_processes(mark))  # until no process is left
         if running.returncode == 0:
             finished += 1
             assert files_of(tmp_path / "out") == large_dataset
@@ -125,7 +125,7 @@ def test_prepare_killed_worker_is_reported_and_rerun_completes(
     arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
     mark = str(uuid.uuid4())
     running = start(arguments, script, sigint, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
-    # tasks 0 to 2 are done: the workers hold others, which do not end
+    # tasks 0 to 2 are done, and each worker is blocked in another task
     wait_for(lambda: len(finished_tasks(tmp_path)) == 3)
     started_workers(running.pid)[0].kill()
     line = fails(running)
@@ -145,7 +145,7 @@ def test_prepare_interrupted_by_sigint_can_be_resumed(
     arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
     running = start(arguments, script, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
     wait_for(lambda: len(finished_tasks(tmp_path)) == 3 and len(started_workers(running.pid)) == 2)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(running.pid, signal.SIGINT)  # a terminal signals the whole group
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert without_progress(errors) == ["ettin prepare: interrupted; run the same command again to continue"]
@@ -156,7 +156,7 @@ def test_prepare_interrupted_by_sigint_can_be_resumed(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Mount a file system of 1 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
@@ -181,7 +181,7 @@ def test_prepare_full_disk_is_reported_and_rerun_completes(
 
 
 def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> None:
-    """An input is emptied after the staged shards of later inputs got their numbers: --replan numbers them anew."""
+    """An input is emptied after later shards were staged under their numbers, so --replan must renumber them."""
     arguments = write_parts(tmp_path)
     killed = forkserver.command("tests.prepare.small_tasks:killed_before_publishing", *arguments)
     assert subprocess.run(killed, capture_output=True, timeout=120).returncode == -signal.SIGKILL
@@ -194,7 +194,7 @@ def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> Non
 
 
 def test_prepare_bad_line_ends_busy_workers_at_once(tmp_path: Path) -> None:
-    """The other worker holds a task that does not end; it is ended, and not reported as lost."""
+    """The other worker is blocked in a task. It is ended, and not reported as a lost worker."""
     arguments, mark = write_parts(tmp_path, bad=1), str(uuid.uuid4())
     held = {HOLD_VARIABLE: "2", "ETTIN_TEST_MARK": mark}
     line = fails(start([*arguments[:-1], "2"], tmp_path / "small_tasks.py", **held))
@@ -206,7 +206,7 @@ def test_prepare_bad_line_ends_busy_workers_at_once(tmp_path: Path) -> None:
 def test_prepare_file_size_limit_is_reported_and_rerun_completes(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """A disk error other than a full disk is also one line, and the same command then completes."""
+    """A disk error other than a full disk is also reported in one line, and the same command then completes."""
     arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"
     script.write_text(SCRIPT)
     command = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited", sys.executable, script, *arguments]
@@ -224,7 +224,7 @@ def test_prepare_file_size_limit_is_reported_and_rerun_completes(
 def test_prepare_changed_inputs_are_refused_without_replan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen plan holds resolved paths: the same inputs named from another directory are recognized."""
+    """Inputs that are named relative to another directory are recognized, because the frozen plan has resolved paths."""
 
     def refused(*arguments: str) -> str:
         capsys.readouterr()
@@ -248,14 +248,14 @@ def test_prepare_changed_inputs_are_refused_without_replan(
     assert "--replan" in line
     assert "holdout was 0.0 and is 0.5" in refused(*arguments, "--holdout", "0.5")
     assert prepare_small_tasks(*arguments, "--replan", "--json") == 0
-    # of the files that are what they were
+    # the tasks of the three unchanged files
     assert json.loads(capsys.readouterr().out)["tasks_resumed"] == 3
     assert prepare_small_tasks(*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]) == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 def write_in_between(path: Path, change: str, *arguments: str) -> int:
-    """Run `ettin WORDS` here; another process changes `path` after it was listed, or after it was read."""
+    """Run `ettin` here while `path` changes: `change` is "written" for after it was read, else after it was listed."""
     from megatron_ettin.prepare import run
 
     real = run.run_here if change == "written" else run.list_inputs

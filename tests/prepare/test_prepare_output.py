@@ -1,5 +1,5 @@
-"""Where `ettin prepare` writes: links, places that cannot be written, an output inside the input, a second command at the
-same time, and what a finished dataset answers."""
+"""The output of `ettin prepare`: links, paths that cannot be written, an output inside the input, two commands at the same
+time, and a repeated command on a finished dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def written(path: Path, text: str = "some words of a text") -> Path:
 
 @pytest.mark.parametrize("target_exists", [True, False])
 def test_prepare_output_link_is_followed(tmp_path: Path, target_exists: bool) -> None:
-    """Sites link a corpus to another disk; the rename onto the link failed after all the work."""
+    """--out may be a link to another disk. Earlier versions failed at the last rename, after all the work."""
     source = written(tmp_path / "a.txt")
     (tmp_path / "disk").mkdir()
     if target_exists:
@@ -65,7 +65,8 @@ def test_prepare_output_inside_input_is_never_an_input(tmp_path: Path, capsys: p
     assert open_dataset(tmp_path / "in" / "corpus").num_documents == 2
     assert prepare_here(*arguments, tmp_path / "in" / "corpus") == 0
     assert "already complete" in capsys.readouterr().out
-    assert prepare_here(*arguments, tmp_path / "other") == 2  # read the tokens of corpus/ and none of the texts
+    # earlier versions read the tokens of corpus/ and none of the texts
+    assert prepare_here(*arguments, tmp_path / "other") == 2
     message = capsys.readouterr().err
     assert "a.txt is text" in message
     assert "shard_00000.bin is indexed" in message
@@ -74,7 +75,7 @@ def test_prepare_output_inside_input_is_never_an_input(tmp_path: Path, capsys: p
 def test_prepare_folder_of_texts_and_a_dataset_of_them_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tokens of the first dataset were read beside its texts: every document twice, with status 0."""
+    """Earlier versions read both the texts and the dataset made from them: each document twice, with status 0."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": "a word and another " * 300}) + "\n")
     arguments = (tmp_path / "in", "--workers", 1, "--out")
@@ -113,7 +114,7 @@ def test_prepare_rewritten_input_of_same_size_is_not_already_complete(
 
 
 def test_prepare_dataset_without_recorded_times_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Datasets of earlier versions."""
+    """Datasets of earlier versions have no inputs.json, so only names and sizes are compared."""
     source = write_jsonl(tmp_path / "a.jsonl", 10)
     arguments = (source, "--out", tmp_path / "out", "--workers", 1)
     assert prepare_here(*arguments) == 0
@@ -131,13 +132,15 @@ def test_prepare_second_command_at_the_same_time_is_refused_at_once(large: Path,
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
-    assert (tmp_path / ".tmp-out" / "prepare.json").is_file()  # the first one's work is there to go on with
+    assert (tmp_path / ".tmp-out" / "prepare.json").is_file()  # the first command's work is kept, to continue it
 
 
 def test_prepare_finished_by_another_command_meanwhile_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another command publishes between the look at the output and the lock: all was done again, and then failed."""
+    """Another command publishes after this one has looked at the output and before it has the lock.
+
+    Earlier versions repeated all the work, and then failed."""
     source, run = write_jsonl(tmp_path / "a.jsonl", 10), module.Build.run
     arguments = (source, "--out", tmp_path / "out", "--workers", 1)
 

@@ -1,4 +1,4 @@
-"""Inputs that hold token ids already: parquet, saved datasets, Megatron's .bin/.idx, a dataset of `ettin prepare`."""
+"""Inputs that hold token ids: parquet, saved datasets, Megatron's .bin/.idx, a dataset of `ettin prepare`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.prepare.held import documents, prepared, refusal
 CLS, SEP, PAD = 50281, 50282, 50283
 RNG = np.random.default_rng(3)
 DOCUMENTS = [RNG.integers(5, 50_000, size).tolist() for size in (1, 5, 300, 2, 40, 77, 1_022, 3_000)]
-FRAMES = [  # what may stand around a document's ids
+FRAMES = [  # special tokens that pipelines put around a document's ids
     lambda ids: ids,
     lambda ids: [CLS, *ids, SEP],
     lambda ids: [CLS, *ids],
@@ -145,7 +145,7 @@ def test_prepare_pair_written_by_megatron_core_is_read(tmp_path: Path) -> None:
 def test_prepare_own_dataset_rechunked_keeps_documents_and_holdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Documents, their ids and their held-out part are kept, and the bytes equal those of chunking the text alike."""
+    """Documents, ids and the held-out part stay, and the bytes equal those of preparing the text with these chunks."""
     source = write_jsonl(tmp_path / "in.jsonl", 30, longest_words=300)
     plain = ("--chunking", "plain", "--workers", 1)
     assert prepare_here(source, "--out", tmp_path / "short", "--chunk-tokens", 32, "--holdout", 0.2, *plain) == 0

@@ -1,4 +1,4 @@
-"""One tiny model trained through three phases, each on another layout, and released, by the commands themselves."""
+"""Fixtures: a tiny model trained by `ettin train` through three phases on three layouts, and its release."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from megatron_ettin.cli.main import main
 from tests.pool import Pool
 from tests.train.runs import command
 
-# phase -> (ranks, steps, steps from one checkpoint to the next, overrides)
+# phase -> (ranks, steps, steps between checkpoints, overrides)
 PHASES = {
     "pretrain": (1, 10, 5, []),
     "extend": (2, 2, 1, ["parallel.tp=2"]),
     "decay": (2, 1, 1, ["parallel.pp=2"]),
 }
-# step10 stands before step5 where names are sorted as text
+# in the order of training; sorted as text, step10 would come before step5
 NAMES = ["step0", "step5", "step10", "ext1", "ext2", "decay1"]
-# what makes a release in the bytes of the fixture `released`
+# options with which a release equals the fixture `released` byte for byte
 SAME = ["--licence", "mit", "--name", "tiny"]
 
 
 @pytest.fixture(scope="session")
 def trained(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FOLDER/OBJECTIVE/PHASE: runs of an encoder; read only."""
+    """Train an encoder through PHASES and return the folder of the runs, `mlm/PHASE`. Read-only."""
     root = tmp_path_factory.mktemp("trained")
     train_phases(pool, corpus, root, "mlm")
     return root
@@ -51,7 +51,7 @@ def train_phases(pool: Pool, corpus: Path, root: Path, objective: str) -> None:
 
 @pytest.fixture(scope="session")
 def released(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The release of all three phases; read only."""
+    """Return the release of all three phases. Read-only."""
     out = tmp_path_factory.mktemp("released") / "out"
     with without_workers():
         assert main(["release", str(trained / "mlm/decay"), "--out", str(out), *SAME]) == 0
@@ -60,8 +60,9 @@ def released(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def without_workers() -> Iterator[None]:
-    """Have the command make revisions by itself, of arguments as they would come to a worker process: those import for
-    seconds (test_faults.py has them)."""
+    """Make revisions in this process instead of in worker processes, which import for seconds.
+
+    Arguments are pickled and unpickled, as for a worker. test_faults.py uses real workers."""
     import torch
 
     from megatron_ettin.release import build
@@ -72,7 +73,7 @@ def without_workers() -> Iterator[None]:
         return itertools.starmap(make_revision, pickle.loads(pickle.dumps(arguments)))
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker: figures of parity depend on it
+    torch.set_num_threads(1)  # as in a worker, because the figures in parity.json depend on the number of threads
     try:
         with mock.patch.object(build, "make_revisions", make_here):
             yield
@@ -81,7 +82,7 @@ def without_workers() -> Iterator[None]:
 
 
 def release(capfd: Any, *arguments: object) -> tuple[int, str, str]:
-    """Run `ettin release WORDS` in this process: (status, standard output, last line of standard error)."""
+    """Run `ettin release` in this process and return (status, standard output, last line of standard error)."""
     capfd.readouterr()
     with without_workers():
         status = main(["release", *map(str, arguments)])

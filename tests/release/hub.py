@@ -1,5 +1,5 @@
-"""A small hub on this machine: the endpoints that huggingface_hub uses to make repositories and branches, to commit
-and to download, kept in memory. Branches are whole trees; large files travel by git LFS' basic transfer."""
+"""A small in-memory hub: the endpoints that huggingface_hub uses to make repositories and branches, to commit and to
+download. A branch is a tree of files; large files use git LFS's basic transfer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ LARGE = (".safetensors", ".parquet", ".png")
 
 @dataclass
 class Hub:
-    """State of the server. After `held_after` commits uploads wait until their client is gone and `let_go` is set;
-    `refuse` maps a path's pattern to a status."""
+    """State of the server.
+
+    After `held_after` commits, requests wait until `let_go` is set. `refuse` maps a pattern of paths to the HTTP status
+    to answer with."""
 
     branches: dict[str, Tree] = field(default_factory=dict)
-    commits: list[str] = field(default_factory=list)  # branches, one entry a commit
+    commits: list[str] = field(default_factory=list)  # the branch of each commit, oldest first
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: int = 0
     visibility: str | None = None
@@ -49,7 +51,7 @@ def serving() -> Iterator[Hub]:
 
 
 def oid_of(tree: Tree) -> str:
-    """A stand-in for a commit's digest: of names and contents."""
+    """Return a digest of the tree's names and contents, as the id of a commit."""
     digest = hashlib.sha1()
     for name in sorted(tree):
         digest.update(name.encode() + b"\0" + tree[name])
@@ -66,7 +68,7 @@ def entry(name: str, content: bytes) -> dict[str, Any]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer one request; `hub` is set on the class."""
+    """Handler of requests; `serving` makes a subclass with `hub` set."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"

@@ -1,5 +1,5 @@
-"""`ettin release` as the leader of a session of its own, to be killed: forked from the tests' server and with forked
-workers, or the command as users start it, which spawns workers that import for seconds."""
+"""Start `ettin release` as a session leader that tests can kill: a fork of the tests' server with forked workers, or the
+command as users start it, whose workers import for seconds."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HELD_VARIABLE = "ETTIN_TEST_HELD_REVISION"
 
 
 class Running:
-    """A release that was started.
+    """A running `ettin release`.
 
     Args:
-        arguments: of the command.
-        real: whether it is a program of its own.
-        largest_file: bytes, at which the system refuses to write on; 0 for no limit. Of a forked one.
-        held: the revision that a forked one's worker never ends.
+        arguments: arguments of the command.
+        real: whether to start the real command instead of a fork.
+        largest_file: limit on the size of a written file in bytes, 0 for none. Forks only.
+        held: name of a revision at which a worker blocks forever. Forks only.
     """
 
     def __init__(self, *arguments: object, real: bool = False, largest_file: int = 0, held: str = "") -> None:
@@ -52,7 +52,7 @@ class Running:
                     stderr=errors,
                     start_new_session=True,
                     env={**os.environ, "ETTIN_TEST_MARK": self.mark},
-                    # the tests may run in a shell's background, where it is ignored
+                    # the tests may be a shell's background job, which ignores SIGINT
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             else:
@@ -64,22 +64,22 @@ class Running:
             wait_for(lambda: os.getsid(self.pid) == self.pid)
 
     def output(self) -> str:
-        """Return all of standard error up to now."""
+        """Return the standard error so far."""
         return Path(self.errors.name).read_text(encoding="utf-8")
 
     def has_reported(self, revisions: int) -> bool:
-        """Return whether it has reported so many revisions, or all that it makes."""
+        """Return whether progress lines report at least this many revisions, or all of the release."""
         if revisions == 0:
             return True
         reported = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.output(), re.MULTILINE)]
         return any(done == min(revisions, total) for done, total in reported)
 
     def wait_until_reported(self, revisions: int) -> None:
-        """Wait until it has reported so many, or has ended."""
+        """Wait until this many revisions are reported, or the command has ended."""
         wait_for(lambda: self.has_reported(revisions) or self.process.poll() is not None, 200)
 
     def ended(self, seconds: float = 200) -> int:
-        """Return the exit status, once it has ended."""
+        """Wait for the end of the command and return its exit status."""
         wait_for(lambda: self.process.poll() is not None, seconds)
         status = self.process.poll()
         assert status is not None
@@ -90,7 +90,7 @@ class Running:
         return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     def left_over(self) -> list[psutil.Process]:
-        """Return what still runs of its session, or was started with its mark in the environment."""
+        """Return running processes of the command's session, or with its mark in their environment."""
         processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -100,7 +100,7 @@ class Running:
         return processes
 
     def close(self) -> None:
-        """Kill what is left of it."""
+        """Kill the command and every process that it has left."""
         for process in self.left_over():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -112,7 +112,7 @@ class Running:
 
 
 def be_leader(largest_file: int, *line: str) -> int | None:
-    """Run `ettin release` as a shell would start it, but for the process that it is."""
+    """Run `ettin release` in this fork as a shell would start it: as a session leader that SIGINT interrupts."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if largest_file:
@@ -121,7 +121,7 @@ def be_leader(largest_file: int, *line: str) -> int | None:
 
 
 def be_release(*line: str) -> int | None:
-    """Run `ettin release` with workers that are forked, for this process has one thread and has imported it all."""
+    """Run `ettin release` with forked workers, which is safe, because this process has only one thread."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     forget_hub()
     fork = multiprocessing.get_context("fork")
@@ -139,11 +139,11 @@ def make_unless_held(revision: Revision, *others: Any) -> RevisionResult:
 
 
 def forget_hub() -> None:
-    """Have huggingface_hub imported anew: it reads the environment then, and the server's is another one."""
+    """Let huggingface_hub be imported again, because it reads its environment variables when it is imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         del sys.modules[name]
 
 
 def release_program(*arguments: object) -> list[str]:
-    """Return a command line that runs `ettin release WORDS` so, for `subprocess`."""
+    """Return a command line, for `subprocess`, that runs `be_release` in a fork."""
     return forkserver.command("tests.release.running:be_release", "release", *arguments)

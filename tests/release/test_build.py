@@ -1,4 +1,4 @@
-"""`ettin release` from trained runs: every revision, what it says of itself, and what is done again."""
+"""`ettin release` from trained runs: every revision, its records and cards, and what a repeated command makes again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_release_step_0_equals_initial_weights(released, trained):
     wanted = recipe_weights(config.run.seed, config.model)("embedding.word_embeddings.weight", [320, 64])
     assert torch.equal(tensors(released / "step0")["model.embeddings.tok_embeddings.weight"], wanted)
     first = tensors(released / "step5")["model.embeddings.tok_embeddings.weight"]
-    assert 0 < (first - wanted).abs().max() < 0.05  # five steps away
+    assert 0 < (first - wanted).abs().max() < 0.05  # five steps of training
 
 
 def test_release_total_tokens_add_up_over_phases(released):
@@ -65,10 +65,10 @@ def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
     for message in ("pretrain", "extend", "decay", "learning rate", "| dataset | 100.00% |", "training_curve.png"):
         assert message in card, message
     assert all(f"| `{name}` |" in card for name in NAMES)
-    assert str(corpus.parent) not in card  # names, not the paths of a machine
+    assert str(corpus.parent) not in card  # datasets by name, not by paths of this machine
     assert (released / "main" / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
     again = (released / "main" / "model.safetensors").stat()
-    assert again.st_ino == (released / "decay1" / "model.safetensors").stat().st_ino  # no second copy
+    assert again.st_ino == (released / "decay1" / "model.safetensors").stat().st_ino  # main has hard links, not copies
     for path in released.rglob("*"):
         if path.suffix in (".md", ".json"):
             assert str(corpus.parent.parent) not in path.read_text(), path
@@ -161,7 +161,7 @@ def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path
 
 
 def test_release_of_an_earlier_phase_leaves_main_at_the_newest_revision(trained, tmp_path, capfd, released):
-    """The index names the revision that `main` holds, also when this call's runs end before it."""
+    """release.json names the revision that `main` holds, also if this call's runs end before that revision."""
     out = tmp_path / "out"
     shutil.copytree(released, out)
     status, _, err = release(capfd, trained / "mlm/pretrain", "--out", out, "--order", "none", *SAME)
@@ -173,7 +173,7 @@ def test_release_of_an_earlier_phase_leaves_main_at_the_newest_revision(trained,
 def test_release_finds_runs_that_moved_together(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm", tmp_path / "moved", ignore=shutil.ignore_patterns("step_*5"))
     shutil.rmtree(tmp_path / "moved/extend/checkpoints/step_000000001")
-    for phase in ("extend", "decay"):  # the absolute paths lead nowhere
+    for phase in ("extend", "decay"):  # the recorded absolute paths no longer exist
         history = tmp_path / "moved" / phase / "history.jsonl"
         history.write_text(history.read_text().replace(str(trained), "/nowhere"))
     arguments = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json")

@@ -1,5 +1,5 @@
-"""kill -9 of `ettin release` at random moments, of all of it or of the command alone: no process is left over, every
-folder that has a revision's name is whole, and the same command ends in the same bytes."""
+"""kill -9 of `ettin release` at random moments, of the whole session or of the command alone: no process is left, every
+folder with a revision's name is complete, and the same command then makes the same bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.release.running import Running
 pytestmark = pytest.mark.ranks
 KILLS = int(os.environ.get("ETTIN_TEST_RELEASE_KILLS", "3"))
 REAL = pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)], ids=["forked", "real"])
-# revisions to wait for, and most seconds from there, of a forked command and of one that imports first: from the first
-# look at the runs to the card of main
+# (revisions to wait for, then at most this many seconds for a fork, and for the real command); together they cover the
+# time from reading the runs to writing main's card
 MOMENTS = [(1, 0.5, 1.0), (0, 0.6, 6.0), (9, 0.8, 1.5), (2, 0.3, 1.0)]
 
 
@@ -60,7 +60,7 @@ def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released,
         running.wait_until_reported(revisions)
         time.sleep(draw.uniform(0, seconds[real]))
         if running.process.poll() is None:
-            # of every process, or of the command alone
+            # kill every process, or the command alone
             (os.killpg if number % 2 else os.kill)(running.pid, signal.SIGKILL)
         running.ended()
         wait_for(lambda running=running: not running.left_over())
@@ -93,7 +93,7 @@ def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp
     running.wait_until_reported(1)
     assert running.workers()
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    # what shells give for Ctrl-C; a fork that would end so ends by the signal itself
+    # 130 is the status after Ctrl-C; a fork ends by the signal instead
     assert running.ended() == 130, running.output()
     assert running.output().strip().splitlines()[-1] == "ettin release: interrupted"
     wait_for(lambda: not running.left_over())
@@ -101,7 +101,7 @@ def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp
 
 
 def test_release_failing_writes_exit_2_and_repeat_succeeds(start, trained, tmp_path, capfd):
-    """A limit on file sizes stands in for a full disk: the weights cannot be written, what is there stays."""
+    """With a limit on file sizes, as with a full disk, weights cannot be written; finished revisions stay."""
     out = tmp_path / "out"
     arguments = [trained / "mlm/pretrain", "--out", out, "--workers", "1"]
     running = start(*arguments, largest_file=100_000)

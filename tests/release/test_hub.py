@@ -1,4 +1,4 @@
-"""`ettin release --push` to a hub on this machine: what arrives, and what happens after an interruption."""
+"""`ettin release --push` to a hub on this machine: the pushed content, and resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def out(released: Path, tmp_path: Path) -> Path:
-    """A release that lacks one revision."""
+    """Return a copy of the release without one revision."""
     shutil.copytree(released, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "step10")
     return tmp_path / "out"
@@ -67,7 +67,7 @@ def finished(running: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def check_hub(hub: Hub, out: Path) -> None:
-    """Every branch holds its folder's files and nothing else; main has the data order too."""
+    """Assert that every branch holds its folder's files and nothing else, and that main also has the data order."""
     assert sorted(hub.branches) == sorted([*NAMES, "main"])
     for name, tree in hub.branches.items():
         wanted = {path.name: path.read_bytes() for path in (out / name).iterdir()}
@@ -89,14 +89,14 @@ def test_push_killed_midway_resumes_without_repeated_commits(hub, trained, out):
     reported = json.loads(finished(start(hub, trained, out)))["push"]
     assert reported["kept"] == NAMES[:4]
     assert reported["uploaded"] == [*NAMES[4:], "main"]
-    assert hub.commits == [*NAMES, "main"]  # one commit each, and none twice
+    assert hub.commits == [*NAMES, "main"]  # one commit for each revision
     check_hub(hub, out)
     uploads = hub.uploads
     reported = json.loads(finished(start(hub, trained, out)))["push"]
     assert reported["uploaded"] == []
     assert hub.uploads == uploads
     assert len(hub.commits) == len(NAMES) + 1
-    # what a revision should not have goes, what changed is sent anew
+    # extra files on a branch are removed, and changed files are sent again
     hub.branches["step5"] |= {"stray.bin": b"1", "config.json": b"{}"}
     reported = json.loads(finished(start(hub, trained, out)))["push"]
     assert reported["uploaded"] == ["step5"]

@@ -128,7 +128,7 @@ def test_release_other_weights_under_same_step_need_replace(trained, tmp_path, c
     before = files_of(out)
     first, second = (run / f"checkpoints/step_{step:09d}" for step in (5, 10))
     shutil.rmtree(first)
-    shutil.copytree(second, first)  # the weights of another run, as far as anybody can tell
+    shutil.copytree(second, first)  # other weights under the name of step 5, as if from another run
     status, _, err = release(capfd, *arguments)
     message = (
         f"--out {out}: its step5 is of other weights than {first}; name a new folder, or --replace to make it anew"

@@ -1,4 +1,4 @@
-"""A headless Chromium driven by its DevTools protocol over two pipes: no driver, no package between."""
+"""A headless Chromium, driven over two pipes by its DevTools protocol, without a driver or another package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def require_chromium() -> str:
-    """Return the path of Chromium. Skip the test where there is none; in CI that is a failure."""
+    """Return the path of Chromium. If there is none, skip the test; in CI fail it."""
     path = next(filter(None, map(shutil.which, NAMES)), "")
     if not path:
         why = "no Chromium here (apt-get install chromium; tests/run.sh does so in CI)"
@@ -38,7 +38,7 @@ class Browser:
         arguments = [require_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         arguments += ["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking", "--mute-audio"]
         arguments += [f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}", "about:blank"]
-        # the browser reads its file 3 and writes its file 4
+        # the browser reads commands from descriptor 3 and writes answers to 4
         shell = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
         self.process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *arguments], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Train a tiny pair of two phases each; the encoder has a restart and a step with NaN gradients."""
+"""Fixture: a tiny pair of two phases each; the encoder has a restart and a step with NaN gradients."""
 
 from __future__ import annotations
 

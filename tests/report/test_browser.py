@@ -14,7 +14,8 @@ from tests.report.browser import Browser
 from tests.report.synthetic import write_run
 from tests.report.test_watch import STEP_41, look_again, served
 
-LONG_RUN_SECONDS = 10.0  # docs/benchmarks/report.md has the figure; this much is left to a machine under load
+# generous, for a machine under load; docs/benchmarks/report.md has the measured seconds
+LONG_RUN_SECONDS = 10.0
 FIRST = "document.querySelector('.plot')"
 SHOWN = "document.getElementById('range').textContent"
 
@@ -28,7 +29,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the URL of a page of two models of two phases, with a bad step and a restart."""
+    """Write the report page of two models with two phases each, a bad step and a restart, and return its URL."""
     root = tmp_path_factory.mktemp("pair")
     for objective in ("mlm", "clm"):
         write_run(root / objective / "pretrain", objective, steps=200, loss={70: None})
@@ -41,7 +42,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def opened(browser: Browser, pair: str) -> Iterator[Browser]:
-    """Open the page of the pair; after the test it must have had no error and no request but its own."""
+    """Open the page of `pair`; after the test, assert that it had no error and requested nothing but itself."""
     browser.open(pair)
     yield browser
     assert browser.errors == []

@@ -1,4 +1,4 @@
-"""`ettin compare` on run directories: verdicts, the named differences of a broken pair, and the files written."""
+"""`ettin compare` on run directories: verdicts, named differences of runs that are no pair, and the files written."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_compare_decoder_window_counts_as_part_of_the_objective(tmp_path, encode
 
 
 def without_guard(run):
-    """Make a run of what wrote it one of the version that judged spikes by mean and standard deviation."""
+    """Rewrite a run as that version would have recorded it that judged spikes by mean and standard deviation."""
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
         re.sub(r"  spike_ratio: .*\n", "", config).replace("on_spike: warn", "on_spike: skip")
@@ -126,7 +126,7 @@ def without_guard(run):
 
 
 def with_checkpoint(run, step, skipped):
-    """Add what a checkpoint says of the updates that were left out."""
+    """Add a checkpoint of this step whose progress has `skipped` skipped updates."""
     folder = run / "checkpoints" / f"step_{step:09d}"
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text(json.dumps({"step": step, "tokens": 1, "skipped": skipped}))
@@ -204,7 +204,7 @@ def test_compare_runs_with_same_name_get_distinct_chain_names(tmp_path):
 
 
 class Links(HTMLParser):
-    """Everything in a page that a browser would fetch, and whether its tags are closed."""
+    """Collect the URLs in a page that a browser would fetch, and tags that are not closed."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`ettin report` by its command line: the page of runs in any state, and that no content of a run can harm it."""
+"""`ettin report` by its command line: pages of runs in any state, which no content of a run can break."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_report_of_broken_pair_names_the_difference_first(tmp_path: Path, run: P
 def test_report_page_without_out_goes_into_the_run(run: Path) -> None:
     assert main(["report", str(run)]) == 0
     assert [path.name for path in (run / "report").iterdir()] == ["report.html"]
-    # the written report folder is not taken for a run
+    # the report's own folder is not read as a run
     assert main(["report", str(run)]) == 0
 
 
@@ -228,8 +228,9 @@ def test_report_repeated_step_keeps_the_latest_value(run: Path, page: Path) -> N
 
 
 def test_report_rolled_back_bad_steps_are_not_counted(tmp_path: Path, page: Path) -> None:
-    """List a step that was bad again and one that ended the latest launch; leave out one that was good when it was
-    trained again, and one that has not been reached again."""
+    """Of bad steps before a rollback, list only those that were bad again. List one that ended the latest launch.
+
+    Leave out a step that was good when it was trained again, and one that has not been reached again."""
     run = write_run(tmp_path / "run", bad={7: "skipped: again"})
     launches = [(0, "2026-01-01T00:00:00+0000"), (0, "2026-01-02T00:00:00+0000"), (40, "2026-01-03T00:00:00+0000")]
     lines = [json.dumps({"time": time, "step": step, "changes": []}) for step, time in launches]
@@ -241,7 +242,7 @@ def test_report_rolled_back_bad_steps_are_not_counted(tmp_path: Path, page: Path
     text = reported(page, run)
     rows = re.findall(r"<tr>(.*?)</tr>", section(text, "bad-steps"), re.S)[1:]
     assert [re.findall(r"<td[^>]*>(\d+)</td>", row) for row in rows] == [["7"], ["41"]]
-    # the third launch trained nothing that the record has
+    # the third launch recorded no step, so it has no mark
     (model,) = numbers(text)["models"]
     assert [mark["steps"] for mark in model["runs"][0]["marks"] if mark["kind"] == "restart"] == [1.0]
 
@@ -286,7 +287,7 @@ def test_report_page_hides_secrets(run: Path, page: Path) -> None:
     assert "X-Amz-Signature=(hidden)&amp;a=1" in text
     snapshot = "models/snapshots/" + "0123456789" * 4
     (run / "history.jsonl").write_text(json.dumps({"from": snapshot}) + "\n")
-    assert snapshot in reported(page, run)  # a commit is no key
+    assert snapshot in reported(page, run)  # a commit's hash is not taken for a secret key
 
 
 def test_report_bad_arguments_are_refused_in_one_line(

@@ -1,4 +1,4 @@
-"""`ettin report --watch`: the page and its updates, served to this host only."""
+"""`ettin report --watch` serves the page and its updates to this host only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEP_41 = '{"step": 41, "tokens": 2700000, "loss": 3.25, "lr": 0.001}\n'
 
 @contextmanager
 def served(run: Path) -> Iterator[tuple[int, document.ReportSource]]:
-    """Serve one run; yield the port and the source."""
+    """Serve the page of one run while the body runs; yield (port, source of the page)."""
     source = document.ReportSource(lambda: document.make([run]))
     server = document.server(source, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -49,7 +49,7 @@ def answer_of(port: int, path: str, host: str = "") -> tuple[int, str]:
 
 
 def look_again(source: document.ReportSource) -> None:
-    """Make the source read its runs again at the next request."""
+    """Make the source read its runs again at the next request, without waiting."""
     source._next = 0.0
 
 
@@ -72,7 +72,7 @@ def test_watch_server_sends_page_then_only_changes(tmp_path: Path) -> None:
         assert "41" in news["sections"]["cards"]
         assert set(news["sections"]) >= {"checkpoints", "environment"}
         assert answer_of(port, f"/data.json?seen={news['version']}")[0] == 204
-        # a run that cannot be read for a moment keeps the last page
+        # if a run cannot be read, the last page stays
         (run / "config.yaml").write_text("run: {")
         look_again(source)
         assert answer_of(port, f"/data.json?seen={news['version']}")[0] == 204

@@ -1,4 +1,4 @@
-"""Join phases to models, by what each run recorded or by the order in which they are named."""
+"""Joining phases to models, by the runs' records or by the order of the names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read run directories that no process trains: strict and tolerant readers of the same files."""
+"""Reading run directories without training: strict and tolerant readers of the same files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_newest_checkpoint_is_none_where_latest_names_none(run: Path, name: str)
 def test_newest_checkpoint_is_the_one_that_latest_names(run: Path) -> None:
     for step in (2, 10):
         (run / "checkpoints" / f"step_{step:09d}").mkdir(parents=True)
-    # a save that was killed before `latest` was replaced
+    # as after a save that was killed before it replaced `latest`
     (run / "checkpoints" / "latest").write_text("step_000000002\n")
     assert RunDirectory(run).newest_checkpoint == run / "checkpoints" / "step_000000002"
 

@@ -1,4 +1,4 @@
-"""Check what a run directory records: where it is lost, damaged or another run's, the run does not go on."""
+"""A run does not resume if a record in its directory is lost, damaged, or another run's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = ["model.num_layers=2", "checkpoint.every_steps=1", "checkpoint.keep=0"]
 
 @pytest.fixture(scope="module")
 def halves(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """Two steps of an encoder and of its decoder. Copied before use."""
+    """Train two steps of an encoder and of a decoder. Tests copy the runs before use."""
     folder = tmp_path_factory.mktemp("halves")
     overrides = [*SHAPE, "run.steps=2"]
     return {objective: train(pool, 1, folder / objective, corpus, objective, overrides) for objective in ("mlm", "clm")}
@@ -56,7 +56,7 @@ def test_resume_without_order_record_is_refused_until_allowed(
         assert f"{run / 'order.json'}: missing or damaged, though the run has checkpoints" in result.output
     assert read(run).column("step") == [1, 2]
     train(pool, 1, run, corpus, "mlm", [*SHAPE, "run.steps=3"], ["--allow-change", "data.mixture"])
-    # written anew: nothing needs to be allowed again
+    # the record is rewritten, so nothing needs to be allowed again
     train(pool, 1, run, corpus, "mlm", [*SHAPE, "run.steps=4"])
     assert read(run).column("step") == [1, 2, 3, 4]
 
@@ -89,7 +89,7 @@ def test_resume_of_a_decoder_from_an_encoders_checkpoint_is_refused(
 
 
 def test_resume_after_an_allowed_change_needs_no_second_permission(pool: Pool, corpus: Path, run: Path) -> None:
-    """The launch that was allowed to change a key ended before it saved: the newest checkpoint has the old value."""
+    """The launch with --allow-change ended before it saved, so the newest checkpoint still has the old value."""
     overrides = [*SHAPE, "run.steps=2", "optim.lr=1e-3"]
     train(
         pool,
@@ -116,7 +116,7 @@ def test_train_on_a_file_system_without_locks_warns_and_trains(pool: Pool, corpu
 
 @pytest.mark.parametrize("name", [".lock", "history.jsonl", "metrics.jsonl"])
 def test_run_directory_with_another_users_file_is_refused_by_name(name: str) -> None:
-    """Of a run that a group shares; asked as another user, in a fork."""
+    """Resume, in a fork as another user, a run that a group shares."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user wants root")
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))

@@ -1,4 +1,4 @@
-"""Run directories with older names and forms of keys go on, without a changed science key."""
+"""Run directories with older names and forms of keys resume without a changed science key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OLDER = {
     "vpp:": "vp:",
     "  skip:\n  - - 24\n    - 32\n": "  skip: '24:32'\n",
     "  recompute_modules:\n  - core_attn\n": "  recompute_modules: core_attn\n",
-    # they were the last keys of `run`, whose group precedes
+    # these keys used to be the last ones of the group `run`, which comes before
     RUNTIME: RUNTIME.removeprefix("runtime:\n").replace("compile:", "fuse:"),
 }
 

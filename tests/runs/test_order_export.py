@@ -1,4 +1,4 @@
-"""`ettin order` lists what a run trained on, from which a step can be repeated in plain PyTorch."""
+"""`ettin order` lists what a run trained on, which is enough to repeat a step in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def stills(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return a run of an objective, three steps without learning and dropout: its losses are those of the checkpoint's
-    weights."""
+    """Return a run of three steps without learning and dropout, so that its losses are those of the checkpoint's weights."""
     made: dict[str, Trained] = {}
 
     def get(objective: str) -> Trained:
@@ -94,7 +93,7 @@ def test_order_table_matches_documents_and_token_spans(still: Trained, corpus: P
 def test_order_from_config_alone_matches_recorded_fingerprint(
     still: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From config.yaml alone: the fingerprint that the run recorded, and a step far past the end of the run."""
+    """config.yaml alone gives the fingerprint that the run recorded, and also a step far past the end of the run."""
     config = str(still.directory / "config.yaml")
     assert main(["order", config, "--fingerprint"]) == 0
     assert capsys.readouterr().out.strip() == json.loads((still.directory / "order.json").read_text())["fingerprint"]

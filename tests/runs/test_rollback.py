@@ -1,4 +1,4 @@
-"""Rolling back to an earlier step, skipping rows, and milestones (weights that are kept for good)."""
+"""Rolling back to an earlier step, skipping rows, and milestones (weights that are never pruned)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OVERRIDES = ["run.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=0"]
 
 @pytest.fixture(scope="module")
 def whole(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
-    """Uninterrupted run of six steps of eight rows."""
+    """Train six steps of eight rows without interruption."""
     return train(pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", OVERRIDES)
 
 
@@ -58,7 +58,7 @@ def test_from_step_retrains_bit_identically(pool: Pool, corpus: Path, whole: Tra
 def test_data_skip_after_from_step_leaves_out_rows(
     pool: Pool, corpus: Path, whole: Trained, run: Path, tmp_path: Path
 ) -> None:
-    """Steps 1 to 3 stay; the rows of step 4 are left out, so that the rows and labels of step 5 come next."""
+    """Steps 1 to 3 stay. The rows of step 4 are skipped, so the new step 4 has the rows and labels of the old step 5."""
     skip = "data.skip=24:32"
     (refused,) = pool.run(1, command(run, corpus, "mlm", [*OVERRIDES, skip], ["--from-step", "3"]))
     assert refused.status == 2
@@ -71,7 +71,7 @@ def test_data_skip_after_from_step_leaves_out_rows(
     assert trained.column("labels")[3:5] == whole.column("labels")[4:]
     # the same rows with other weights
     assert trained.column("loss")[3] != whole.column("loss")[4]
-    # order.json records another order, and the order from which rows were left out
+    # the order has another fingerprint, and before rows are skipped the same one
     orders = [json.loads((folder / "order.json").read_text()) for folder in (run, whole.directory)]
     assert orders[0]["fingerprint"] != orders[1]["fingerprint"]
     assert orders[0]["unskipped_fingerprint"] == orders[1]["unskipped_fingerprint"]
@@ -135,7 +135,7 @@ def test_from_step_of_a_run_that_has_not_begun_is_refused_and_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of four steps, of which the second and the fourth pass a multiple of 700 tokens."""
+    """Train four steps, of which the second and the fourth pass a multiple of 700 tokens."""
     overrides = ["run.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.weights_every_tokens=700"]
     trained = train(pool, 2, tmp_path_factory.mktemp("milestones"), corpus, "mlm", [*overrides, "parallel.tp=2"])
     tokens = [0, *trained.column("tokens")]
@@ -146,7 +146,7 @@ def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
 def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
     pool: Pool, corpus: Path, tmp_path: Path, milestones: Trained
 ) -> None:
-    """Milestones are saved at multiples of a token count next to one full checkpoint; a phase can start from one."""
+    """Milestones are saved at multiples of a token count, besides one full checkpoint, and a phase can start from one."""
     run = milestones.directory
     assert [path.name for path in list_milestones(run)] == ["step_000000002", "step_000000004"]
     assert [path.name for path in list_checkpoints(run)] == ["step_000000004"]

@@ -1,4 +1,4 @@
-"""tools/fuzz.py's readers in a fork of a process that has imported what they import."""
+"""Run tools/fuzz.py's readers in forks of a process that has imported what they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import forkserver
 
 
 def fuzz_all(runs: str, seed: str, out: str) -> int:
-    """Fuzz every reader in a fork of its own, and print what came out as a JSON list."""
+    """Fuzz every reader in its own fork, and print the results as a JSON list."""
     sys.path.insert(0, str(forkserver.ROOT / "tools"))
     import fuzz
 

@@ -19,13 +19,13 @@ SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48
 
 
 def corrupt(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `tools/chaos.py corrupt WORDS`."""
+    """Run `tools/chaos.py corrupt` with these arguments."""
     line = forkserver.command("tests.chaos.forked:run_chaos", "corrupt", *arguments)
     return subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
 
 
 def compile_an_order(folder: Path) -> None:
-    """Open the rows of two steps of the run in `folder` as an order from a file, so that order files exist."""
+    """Export two steps of the run in `folder` and open them as a recorded order, so that a compiled order exists."""
     given = folder / "steps.parquet"
     assert main(["order", str(folder / "run"), "--steps", "1:3", "--out", str(given)]) == 0
     config = from_yaml(folder / "run" / "config.yaml")
@@ -50,8 +50,8 @@ def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Pa
 def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Path, corpus: Path) -> None:
     """Report an undetected byte in a dataset whose manifest has no digest.
 
-    Most of that manifest is the name of a source, which nothing else repeats. The bytes that are changed are drawn, so
-    in an ordinary manifest all of them may meet something that is checked.
+    Most of that manifest is the name of a source, which nothing else checks. Changed bytes are random, so in an ordinary
+    manifest every one might hit something that is checked.
     """
     shutil.copytree(corpus, tmp_path / "dataset", ignore=shutil.ignore_patterns("heldout"))
     path = tmp_path / "dataset" / "manifest.json"

@@ -22,7 +22,7 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
-# a record is read but for its damaged lines, a table and a page show what they can of a run
+# readers that accept most damaged files and leave out the damaged lines or parts
 UNREFUSED = ("metrics", "status", "report", "compare")
 
 
@@ -30,7 +30,7 @@ def check(rows: list[dict[str, Any]]) -> None:
     assert len(rows) == 17
     for row in rows:
         assert row["refused"] > row["executions"] // 4 or row["reader"] in UNREFUSED, row
-        # nearly every byte of a small dataset says what another is
+        # "local-copy" may refuse every input, because nearly every byte of a small dataset is checked
         assert row["accepted"] > 0 or row["reader"] == "local-copy", row
         assert row["peak_bytes"] < 1 << 30, row
         assert row["failures"] == [], row
@@ -58,7 +58,7 @@ def test_fuzz_every_reader_accepts_or_refuses_without_failure(tmp_path: Path) ->
 
 @pytest.mark.full
 def test_fuzz_faulty_readers_are_reported_and_kept(tmp_path: Path) -> None:
-    """The tool reports a reader that lets an error through and one that runs code from a file, so it can fail."""
+    """The tool reports a reader that raises an unexpected error and one that runs code from a file."""
     script = tmp_path / "broken.py"
     script.write_text(
         "import sys, pickle, json\n"

@@ -1,4 +1,4 @@
-"""Names in files that others made never lead out of their folders, by `..`, by separators or by links."""
+"""Names in files from others never lead out of their folders: not by `..`, by separators, or by links."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def test_link_leaving_the_folder_is_refused_and_inner_link_is_followed(tmp_path:
 
 
 def outside_tokenizer(manifest: dict[str, Any], dataset: Path) -> None:
-    """Name a file of the tokenizer that is beside the dataset, and beside any copy of it."""
+    """Name a tokenizer file that lies next to the dataset, and so next to a copy of it."""
     (dataset.parent / "own.txt").write_text("evil\n")
     record = {"bytes": 5, "sha256": hashlib.sha256(b"evil\n").hexdigest()}
     manifest["tokenizer_files"]["../../own.txt"] = record
 
 
 def outside_shard(manifest: dict[str, Any], dataset: Path) -> None:
-    """Read the tokens of another dataset."""
+    """Name a shard of another dataset."""
     shutil.copytree(dataset, dataset.parent / "base")
     manifest["shards"][0]["name"] = "../base/shard_00000"
 
 
 def outside_fingerprint(manifest: dict[str, Any], dataset: Path) -> None:
-    """Give the copy the name of somebody's folder."""
+    """Set the fingerprint, which names the local copy's folder, to a path that leads elsewhere."""
     manifest["fingerprint"] = "x/../../victim"
 
 
@@ -89,7 +89,7 @@ def linked_within(manifest: dict[str, Any], dataset: Path) -> None:
 
 
 def linked_tokenizer(manifest: dict[str, Any], dataset: Path) -> None:
-    """Have a secret copied into checkpoints."""
+    """Replace a tokenizer file by a link to a secret, which a checkpoint would copy."""
     manifest["tokenizer_files"].pop("special_tokens_map.json", None)
     (dataset / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
     (dataset / "tokenizer" / "special_tokens_map.json").symlink_to("../../victim/keep")
@@ -107,7 +107,7 @@ def test_train_with_local_copy_of_hostile_dataset_is_refused_and_touches_nothing
     victim.mkdir()
     (victim / "keep").write_text("kept")
     manifest = json.loads((dataset / "manifest.json").read_text())
-    # whoever makes the dataset makes its digest too
+    # an attacker writes the digest too
     del manifest["content_sha256"]
     harm(manifest, dataset)
     (dataset / "manifest.json").write_text(json.dumps(manifest))

@@ -1,4 +1,5 @@
-"""Runs and datasets of others, damaged or hostile: tables and comparisons go on, terminals are sent no commands."""
+"""Damaged or hostile runs and datasets of others: tables and comparisons still work, and no control sequence reaches a
+terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ SHAPE = ["model.num_layers=2", "checkpoint.every_steps=1"]
 
 @pytest.fixture(scope="module")
 def run(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of an encoder. Copied before use."""
+    """Train two steps of an encoder. Tests copy the run before use."""
     return train(pool, 1, tmp_path_factory.mktemp("runs") / "run", corpus, "mlm", [*SHAPE, "run.steps=2"]).directory
 
 
@@ -57,7 +58,7 @@ def test_status_with_unreadable_folder_shows_other_runs(run: Path) -> None:
     """List the readable run and warn of the private folder, as another user in a fork."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user wants root")
-    # what is imported before the fork need not be readable after it
+    # imports happen before the fork, because the other user may not be able to read the modules
     main(["status", str(run)])
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     shutil.copytree(run, folder / "mine")

@@ -1,4 +1,4 @@
-"""With this folder and the checkout on PYTHONPATH, every Python that starts has the emulated Transformer Engine:
+"""Install the emulated Transformer Engine in every Python that starts with this folder and the checkout on PYTHONPATH:
 
 PYTHONPATH=.:tests/emulated_te/everywhere EMULATED_TE=FOLDER torchrun --no-python --nproc-per-node 2 ettin train ..."""
 
