@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEAST_CHARACTERS = 200
-# larger ones are generated tables
+# larger docstrings are generated tables
 LARGEST_SOURCE_BYTES = 2_000_000
 SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "idle_test", "lib2to3"}
 NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -101,7 +101,7 @@ def read(source: tuple[Path, Path]) -> list[tuple[str, str]]:
         if os.path.getsize(source[1]) > LARGEST_SOURCE_BYTES:
             return []
         with warnings.catch_warnings():
-            # about escape sequences in other packages
+            # hides warnings about escape sequences in other packages
             warnings.simplefilter("ignore")
             tree = ast.parse(source[1].read_bytes())
         return list(docstrings(tree, ""))
@@ -131,7 +131,7 @@ def prose(docstring: str) -> str:
         if field_indent is not None and line.strip() and indent <= field_indent:
             field_indent = None
         if FIELD.match(line) and field_indent is None:
-            # its description is indented further
+            # a parameter's description is indented further than its name
             field_indent = indent
         in_doctest = bool(line.strip()) and (in_doctest or bool(PROMPT.match(line)))
         if in_doctest or UNDERLINE.match(line) or TABLE_ROW.match(line) or (field_indent is not None and line.strip()):

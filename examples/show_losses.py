@@ -14,7 +14,7 @@ TASKS = {"mlm": "masked tokens", "clm": "next tokens"}
 
 
 def main(paths: list[str]) -> int:
-    """Print the table; 1 where a model is no better than the unigram loss."""
+    """Print the table; return 1 if a model is no better than the unigram loss, else 0."""
     worse = 0
     print(f"{'':9}{'held-out loss':>13}{'unigram loss':>14}{'difference':>12}{'right':>8}  of")
     for path in paths:

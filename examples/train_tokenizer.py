@@ -26,7 +26,7 @@ ROLES = {
 
 
 def texts(paths: list[Path]) -> Iterator[str]:
-    """Documents of .jsonl files (key `text`) and of plain text files, folders walked in sorted order."""
+    """Yield the documents of .jsonl files (key `text`) and of plain text files; folders are walked in sorted order."""
     for path in paths:
         if path.is_dir():
             yield from texts(sorted(path.iterdir()))
@@ -38,7 +38,7 @@ def texts(paths: list[Path]) -> Iterator[str]:
 
 
 def train(paths: list[Path], entries: int) -> Tokenizer:
-    """BPE over bytes with the five special tokens first; chunks read [CLS] ... [SEP] as the recipe's do."""
+    """Train a byte-level BPE tokenizer whose first entries are the five special tokens, with the recipe's template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -98,7 +98,8 @@ class Module:
                 yield line, name
 
     def defined_names(self) -> Iterator[tuple[int, str]]:
-        """Yield (line, name) of each function, class, parameter, variable, field and attribute that the module defines."""
+        """Yield (line, name) of each function, class, parameter, variable, field and attribute that the module
+        defines."""
         for node in self.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 yield node.lineno, node.name

@@ -122,7 +122,8 @@ def delayed_scales() -> Iterator[None]:
 def replayed_on_a_cpu() -> Iterator[None]:
     """Run `runtime.cuda_graph` without CUDA: no graph is captured, but memory is used as in a replay.
 
-    Every call reads its inputs from the same buffers, in the same shapes, and writes its outputs to the same buffers."""
+    Every call reads its inputs from the same buffers, in the same shapes, and writes its outputs to the same
+    buffers."""
     import torch
 
     from megatron_ettin.platform.device import Platform

@@ -1,8 +1,9 @@
-"""Deliberate mistakes in the package's code, each of which makes a result wrong without an error. The first tier of tests
-must catch them.
+"""Deliberate mistakes in the package's code, each of which makes a result wrong without an error. The first tier of
+tests must catch them.
 
-`MISTAKES` maps each to the test that fails under it. `FAULTS` maps each fault of tests/fault_injection.py to the test that
-sees it detected. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from them."""
+`MISTAKES` maps each to the test that fails under it. `FAULTS` maps each fault of tests/fault_injection.py to the test
+that sees it detected. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from
+them."""
 
 from __future__ import annotations
 

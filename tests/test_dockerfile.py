@@ -1,5 +1,5 @@
-"""The images use the set-up scripts of a bare machine, and pinned versions. Without a container engine nothing is built;
-the tests read the files."""
+"""The images use the set-up scripts of a bare machine, and pinned versions. Without a container engine nothing is
+built; the tests read the files."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     pytest --tier full      the tests marked `full`
     pytest                  both
 
-A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because people wait for this tier. On
-a machine that needs more than TIER_SECONDS for the whole tier, a test may take longer.
+A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because people wait for this tier.
+On a machine that needs more than TIER_SECONDS for the whole tier, a test may take longer.
 
 With `-n` (pytest-xdist) each process takes whole groups of files, long ones first. The files of a group share something
 that is expensive to make."""

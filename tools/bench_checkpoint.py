@@ -50,7 +50,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def forget(folder: Path) -> None:
-    """Drop a checkpoint's files from the page cache."""
+    """Drop a checkpoint's files from the page cache, so that reads come from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:

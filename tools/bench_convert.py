@@ -1,5 +1,5 @@
-"""Compare `ettin convert` both ways with `transformers` loading and saving the same weights, and time `ettin release`
-of many checkpoints: seconds and peak memory of whole commands.
+"""Compare `ettin convert` in both directions with `transformers` loading and saving the same weights, and time
+`ettin release` of many checkpoints: seconds and peak memory of whole commands.
 
   python tools/bench_convert.py [--sizes 150m 1b] [--repeats 3] [--checkpoints 50] [--room DIR] [--out PAGE.md]
 
@@ -58,7 +58,7 @@ class CommandTimes:
 
 
 def run(times: CommandTimes, command: list[str], out: Path) -> None:
-    """Time one process; its output `out` is removed before."""
+    """Time one process, after its output `out` is removed."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     began = time.perf_counter()

@@ -46,7 +46,7 @@ class Runs:
     """Repeated runs of one command."""
 
     seconds: list[float] = field(default_factory=list)
-    # including workers; a busy host changes this least
+    # CPU seconds, workers included, which depend less on other load than wall time does
     cpu_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
 
@@ -105,7 +105,7 @@ def docstrings(folder: Path) -> Path:
 
 
 def measure_prepare(folder: Path, streaming_python: str | None) -> list[str]:
-    """Time whole commands, start-up included, ours and the peer's in turn."""
+    """Time whole commands, start-up included; ours and the peer's take turns."""
     text = docstrings(folder)
     ours, theirs = {n: Runs() for n in WORKERS}, {n: Runs() for n in WORKERS}
     tokenizer = folder / "warm" / "tokenizer"
@@ -204,7 +204,7 @@ def measure_memory(folder: Path, streaming_python: str | None) -> list[str]:
     text = docstrings(folder)
     larger = folder / "larger.jsonl"
     with open(larger, "wb") as out:
-        # another text each time, so that nothing repeats
+        # each copy has other text, so that no document repeats
         for i in range(GROWTH):
             for line in open(text, encoding="utf-8"):  # noqa: SIM115
                 out.write((json.dumps({"text": f"{i} " + json.loads(line)["text"]}) + "\n").encode())
@@ -255,7 +255,7 @@ def measure_batches(folder: Path, streaming_python: str | None) -> list[str]:
 
 
 def seconds_per_batch(objective: str, rows: int, seq_len: int) -> list[float]:
-    """Return the main thread's CPU seconds for a micro-batch, of each of some steps."""
+    """Return the main thread's CPU seconds per micro-batch, for each of some steps."""
     import torch
 
     from megatron_ettin.batching.batches import Batches
@@ -272,7 +272,7 @@ def seconds_per_batch(objective: str, rows: int, seq_len: int) -> list[float]:
     seconds = []
     with batches.prefetched(0, BATCH_STEPS):
         for step in range(BATCH_STEPS):
-            # the workers' time to make the next ones, as a device's step would leave it to them
+            # gives the workers time to make the next micro-batches, as a device's step would
             time.sleep(0.15)
             began = time.thread_time()
             count = len(list(batches.step(step)))

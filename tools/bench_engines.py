@@ -3,7 +3,7 @@
   python tools/bench_engines.py --data DATASET [--ranks 2] [--rounds 3] [--steps 6] [--out docs/benchmarks/engines.md]
       [-- key=value ...]
 
-Sides take turns. A run's figure is the median of its steps without the first two, a side's the median of its runs.
+The engines take turns. A run's figure is the median of its steps without the first two, an engine's that of its runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OVERRIDES = (
 
 
 def run(arguments: argparse.Namespace, overrides: str, folder: Path) -> tuple[float, float]:
-    """Return seconds per step and GiB of the first rank, of one run."""
+    """Train one run and return (seconds per step, peak GiB of the first rank)."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)),
         *("-m", "megatron_ettin", "train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"),

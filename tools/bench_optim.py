@@ -2,7 +2,7 @@
 
   python tools/bench_optim.py [--size 17m] [--device cpu] [--rounds 9] [--out docs/benchmarks/optim.md]
 
-fp32 weights, one process. Sides take turns within one process; the figure is the median round.
+fp32 weights. The optimizers take turns within one process; the figure is the median round.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def ours(train_state: TrainState, name: str) -> Callable[[], None]:
 
 
 def theirs(train_state: TrainState) -> Callable[[], None]:
-    """Return a function that does one update of torch's, with the gradient norm that ours computes too."""
+    """Return a function that does one update of torch's AdamW, and computes the gradient norm as ours does."""
     parameters = [
         p.detach().clone().requires_grad_() for p in train_state.model_chunks[0].parameters() if p.requires_grad
     ]
@@ -61,7 +61,7 @@ def theirs(train_state: TrainState) -> Callable[[], None]:
 
 
 def median_seconds(sides: dict[str, Callable[[], None]], rounds: int, platform: Platform) -> dict[str, float]:
-    """Return each side's median seconds, taking turns, after one round that is not counted."""
+    """Return each optimizer's median seconds of an update; they take turns, after a round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, step in sides.items():

@@ -2,8 +2,8 @@
 
   python tools/bench_startup.py [--repeats 5] [--out docs/benchmarks/startup.md]
 
-Each is a process of its own; figures are medians of `repeats`. Heavy libraries are imported where they are needed: a
-command that answers from the configuration alone must not wait for torch.
+Each command is a process of its own; figures are medians of `repeats`. Libraries such as torch are imported only if
+they are needed, because a command that answers from the configuration alone must not wait for them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class RandomRows:
     vocab_size, special_ids, pad_id, mask_id, mean_tokens_per_row = VOCABULARY, SPECIALS, 50_283, MASK, float(SEQ_LEN)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Accept every model: rows are drawn from its own vocabulary."""
+        """Accept every model, because rows are drawn from its vocabulary."""
 
     def row(self, order_index: int) -> SimpleNamespace:
         import numpy as np
@@ -125,11 +125,11 @@ def theirs(mode: str, rows: int) -> Callable[[int], None]:
         input_ids = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
         labels = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
         optimizer.zero_grad()
-        # it shifts by itself
+        # its loss shifts the labels itself
         if mode == "clm":
             labels = input_ids
         model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels).loss.backward()
-        # ours computes the norm as well
+        # our step computes the gradient norm too
         torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
 

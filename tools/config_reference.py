@@ -1,4 +1,4 @@
-"""Write docs/config.md, the lists of all configuration keys, from what they are declared with.
+"""Write docs/config.md, the lists of all configuration keys, from the keys' declarations.
 
 python tools/config_reference.py docs/config.md
 """
@@ -69,7 +69,7 @@ def type_name(hint: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """Return a default as a YAML file has it."""
+    """Return a default value in YAML notation."""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

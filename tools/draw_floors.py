@@ -1,7 +1,7 @@
 """Write the drawings of docs/architecture.md: the rooms with what they import, and the way of a batch.
 
     python tools/draw_floors.py            write them
-    python tools/draw_floors.py --check    exit with 1 where the page is not what the code says
+    python tools/draw_floors.py --check    exit with 1 if the page differs from the code
 
 Both follow from the code: imports are read from the syntax trees, sentences from the docstrings of the types.
 """
@@ -77,7 +77,7 @@ def draw_way() -> str:
 
 
 def updated(page: str) -> str:
-    """Return the page with both drawings as the code has them now."""
+    """Return the page with both drawings made again from the code."""
     for name, drawing in (("rooms", draw_rooms()), ("way of a batch", draw_way())):
         begin, end = f"<!-- drawn: {name} -->\n", f"<!-- end of {name} -->"
         head, _, rest = page.partition(begin)

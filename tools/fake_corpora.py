@@ -1,6 +1,6 @@
 """Make huge corpora for benchmarks: sparse files of the real formats, with content only in the rows that will be read.
 
-10**9 rows of 1,024 tokens are a dataset of 2 TB and take some megabytes of disk.
+A dataset of 10**9 rows of 1,024 tokens has 2 TB, but takes a few megabytes of disk.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Po
 
 
 class Ran(BaseException):
-    """A file made code run."""
+    """Raised when a file made a reader run code."""
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:

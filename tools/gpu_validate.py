@@ -1,4 +1,4 @@
-"""Check on this GPU what is promised of GPUs: a table of what passed, failed, or cannot run here and why.
+"""Check the package's promises about GPUs on this GPU. Prints which passed, which failed, and which cannot run and why.
 
   python tools/gpu_validate.py --data DATASET [--only SECTION,...] [--results gpu.json] [--out TABLE.md]
 
@@ -120,7 +120,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, __file__, "--child", name, *sys.argv[1:]])
         results = Results(arguments.results)
         results.forget(name, "the section")
-        # a kernel that ends its process: what came before it is kept
+        # if a kernel kills its process, earlier results are kept
         if done.returncode:
             results.put(name, "the section", {"state": FAILED, "says": f"its process ended with {done.returncode}"})
     results_by_section = Results(arguments.results).items

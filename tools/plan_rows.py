@@ -1,5 +1,5 @@
-"""Plan the rows of a sparse dataset (tools/fake_corpora.py) with log-normal chunk lengths, for tools/bench_data.py to
-measure its memory.
+"""Pack the rows of a sparse dataset (tools/fake_corpora.py) with log-normal chunk lengths. tools/bench_data.py measures
+the memory of this process.
 
     python tools/plan_rows.py FOLDER CHUNKS
 """

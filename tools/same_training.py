@@ -1,4 +1,4 @@
-"""Prove that a change leaves training as it was: the same small runs by two checkouts, compared bit for bit.
+"""Prove that a change does not alter training: compare the same small runs of two checkouts bit for bit.
 
     python tools/same_training.py run --checkout . --out after
     python tools/same_training.py compare before after
@@ -49,10 +49,10 @@ CASES: dict[str, tuple[int, str, str]] = {
     "mlm-zero": (2, "mlm", f"{FP32} parallel.engine=deepspeed parallel.zero_stage=1"),
     "clm-bf16": (1, "clm", "precision.name=bf16"),
 }
-# what a step's line says of when and where it ran, which another run never repeats
+# keys of a step's line that depend on time and host, so that no other run repeats them
 OF_THE_MACHINE = {"time", "seconds", "tokens_per_s", "mfu", "tflops", "memory", "data_wait", "wait", "samples_per_s"}
 
-# inputs.json has the time of the text, .metadata the id of a save; the others have digests of these or names of keys
+# inputs.json has the text's time, .metadata the id of a save; the others hold digests of these, or names of keys
 OTHER_EACH_TIME = {"inputs.json", ".metadata", "config.yaml", "integrity.json", "parity.json"}
 
 

@@ -39,7 +39,7 @@ def spikes(logs: np.ndarray, settings: ResilienceConfig, window: int) -> int:
 
 
 def made_up(steps: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Return (name, log norms [steps]) of each kind of noise."""
+    """Return (name, log norms [steps]) of each synthetic noise."""
     draw = np.random.default_rng(21)
     for deviation in (0.1, 0.3):
         norms = np.abs(1 + deviation * draw.standard_normal(steps))

@@ -1,5 +1,5 @@
 # %% [markdown]
-# A pair, trained, looked into and compared. `python examples/library/compare_runs.py [DATASET [FOLDER]]`
+# Train, inspect and compare a pair. `python examples/library/compare_runs.py [DATASET [FOLDER]]`
 
 # %%
 import sys

@@ -1,5 +1,5 @@
 # %% [markdown]
-# To `transformers` and back. `python examples/library/convert_models.py [RUN [FOLDER]]`
+# Convert to `transformers` and back. `python examples/library/convert_models.py [RUN [FOLDER]]`
 
 # %%
 import sys

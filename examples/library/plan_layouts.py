@@ -1,5 +1,5 @@
 # %% [markdown]
-# Which layout, and how fast, before there are any GPUs. `python examples/library/plan_layouts.py`
+# Find the best layout and its speed, before there are any GPUs. `python examples/library/plan_layouts.py`
 
 # %%
 from megatron_ettin.api import configure, plan

@@ -1,5 +1,5 @@
 # %% [markdown]
-# What is in a dataset, and what a run reads of it. `python examples/library/read_data.py [DATASET]`
+# Look into a dataset, and at the rows that a run reads. `python examples/library/read_data.py [DATASET]`
 
 # %%
 import itertools

@@ -1,5 +1,5 @@
 # %% [markdown]
-# A training loop of one's own. `python examples/library/train_steps.py [DATASET]`
+# Write your own training loop. `python examples/library/train_steps.py [DATASET]`
 #
 # Under `torchrun --no-python python ...` each rank runs the same script; add overrides such as `parallel.tp=2`.
 

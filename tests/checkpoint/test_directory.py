@@ -1,4 +1,5 @@
-"""Publishing under kill -9, finding the newest good checkpoint, pruning. No torch: checkpoints are a few small files."""
+"""Publishing under kill -9, finding the newest good checkpoint, pruning. No torch: checkpoints are a few small
+files."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def test_latest_damaged_or_missing_pointer_falls_back_to_newest(tmp_path, capsys
 
 
 def test_latest_naming_older_checkpoint_is_followed_with_warning(tmp_path, capsys):
-    """A kill between the last two renames leaves this state. The warning is needed, because damage can look the same."""
+    """A kill between the last two renames leaves this state. The warning is needed, because damage can look the
+    same."""
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (older.parent / "latest").write_text(older.name + "\n")
     assert latest(tmp_path) == older

@@ -1,4 +1,5 @@
-"""Operations against brute force, published figures and torch's counter; pipeline stages against every possible split."""
+"""Operations against brute force, published figures and torch's counter; pipeline stages against every possible
+split."""
 
 from __future__ import annotations
 

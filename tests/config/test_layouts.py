@@ -46,7 +46,8 @@ def test_row_split_without_vpp_rank_has_at_most_a_micro_batch_of_empty_slots() -
 
 
 def test_row_split_of_dividing_rows_deals_out_consecutive_micro_batches() -> None:
-    """If everything divides, full micro-batches go to the ranks in turn, as in earlier versions: losses keep their bits."""
+    """If everything divides, full micro-batches go to the ranks in turn, as in earlier versions: losses keep their
+    bits."""
     split = RowSplit.of(48, 4, 3)
     assert split.empty == 0
     for rank, index in itertools.product(range(4), range(4)):

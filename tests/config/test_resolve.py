@@ -373,7 +373,8 @@ def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
 
 
 def test_from_yaml_of_an_earlier_version_keeps_its_early_decay(tmp_path: Path) -> None:
-    """Earlier versions decayed over a run's first tokens. If the decay spans the whole run, today's schedule is equal."""
+    """Earlier versions decayed over a run's first tokens. If the decay spans the whole run, today's schedule is
+    equal."""
     path = tmp_path / "config.yaml"
     for decay, end in ((20_000, 20_000), (50_000, None)):
         arguments = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]

@@ -1,4 +1,5 @@
-"""Encoders made from decoders and the reverse, from folders and from checkpoints: same weights under the other names."""
+"""Encoders made from decoders and the reverse, from folders and from checkpoints: same weights under the other
+names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Conversions that are killed or ended after they wrote their weights, or that run twice: no half-written folder has the
-output's name, and the same command then succeeds."""
+"""Conversions that are killed or ended after they wrote their weights, or that run twice: no half-written folder has
+the output's name, and the same command then succeeds."""
 
 from __future__ import annotations
 

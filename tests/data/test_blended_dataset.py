@@ -1,4 +1,5 @@
-"""Mixtures and the data order: proportions in every block, each row once an epoch, a pure function of the order index."""
+"""Mixtures and the data order: proportions in every block, each row once an epoch, a pure function of the order
+index."""
 
 from __future__ import annotations
 

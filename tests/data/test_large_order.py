@@ -1,5 +1,5 @@
-"""A mixture of 10**10 rows, made of sparse files of the real formats with content only in the rows that are read. Neither
-opening it nor listing a late step takes memory that grows with the number of rows."""
+"""A mixture of 10**10 rows, made of sparse files of the real formats with content only in the rows that are read.
+Neither opening it nor listing a late step takes memory that grows with the number of rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Sizes to run the docs' blocks with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48 tokens.
-A block's own options take precedence, except for the number of workers and the numbers of GPUs of a `plan --scale`."""
+"""Sizes to run the docs' blocks with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48
+tokens. A block's own options take precedence, except for the number of workers and the numbers of GPUs of a `plan
+--scale`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Quantize to FP8 and back: per tensor by a given scale (delayed) or its own (current), in blocks of 128, microscaled."""
+"""Quantize to FP8 and back: per tensor by a given scale (delayed) or its own (current), in blocks of 128,
+microscaled."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def test_train_validation_logs_a_loss_per_source(run: Trained) -> None:
 def test_eval_single_process_matches_validation_loss_per_source(
     run: Trained, pool: Pool, corpus: Path, two_inputs: Path
 ) -> None:
-    """One process gets the losses and accuracies of two ranks, in total and by source; the sources add up to the total."""
+    """One process gets the losses and accuracies of two ranks, in total and by source; the sources add up to the
+    total."""
     rows = read_config(run.directory)["metrics"]["eval_rows"]
     arguments = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
     answer = pool.run(1, ["eval", str(run.directory), *arguments, "--baseline", str(corpus)])[0]

@@ -97,7 +97,8 @@ def test_spikes_far_outliers_are_counted() -> None:
 
 @pytest.mark.parametrize("window", [128, pytest.param(64, marks=pytest.mark.full)])
 def test_spikes_of_lognormal_noise_are_rarer_than_one_in_100_000_steps(window: int) -> None:
-    """Judge the widest healthy noise. The former rule, by the norm's mean and deviation, found a spike every 370 steps."""
+    """Judge the widest healthy noise. The former rule, by the norm's mean and deviation, found a spike every 370
+    steps."""
     logs = np.random.default_rng(5).standard_normal(100_000) * 0.7
     assert spikes(logs, DEFAULT, window) == 0
 

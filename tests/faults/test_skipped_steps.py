@@ -238,7 +238,8 @@ def names(directory: Path) -> list[str]:
 def test_checkpoints_are_kept_while_updates_are_left_out(
     pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
 ) -> None:
-    """Weights with a NaN loss are not saved, nothing is pruned, and the run can resume from the last good checkpoint."""
+    """Weights with a NaN loss are not saved, nothing is pruned, and the run can resume from the last good
+    checkpoint."""
     run = tmp_path / "run"
     overrides = ["run.steps=60", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.weights_every_tokens=1"]
     overrides += ["resilience.max_skips_in_row=3"]

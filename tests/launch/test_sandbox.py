@@ -38,7 +38,8 @@ def test_sandbox_node_names_resolve_inside_jobs(slurm: Cluster) -> None:
 
 @pytest.mark.full
 def test_sandbox_blocks_of_the_slurm_page_run_as_printed(corpus: Path, tmp_path: Path) -> None:
-    """Run the page's blocks, with another folder and other ports, because other tests run a cluster at the same time."""
+    """Run the page's blocks, with another folder and other ports, because other tests run a cluster at the same
+    time."""
     require_slurm()
     page = (ROOT / "docs" / "slurm.md").read_text()
     first, last = [block.text for block in blocks_of(page, "docs/slurm.md") if "/tmp/cluster" in block.text]

@@ -136,7 +136,8 @@ def unfinished(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def train_on(pool: Pool, corpus: Path, layout: str, folder: Path, steps: int) -> Trained:
-    """Train on a layout written as "WORLD key=value ..." with keys of `parallel`; the engine is DeepSpeed by default."""
+    """Train on a layout written as "WORLD key=value ..." with keys of `parallel`; the engine is DeepSpeed by
+    default."""
     world, *overrides = layout.split()
     if "engine=megatron" not in overrides:
         overrides.append("engine=deepspeed")

@@ -119,7 +119,8 @@ def test_train_few_steps_decay_to_the_final_rate_and_resume_keeps_the_schedule(
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unset")
 def test_resume_of_an_earlier_version_keeps_its_schedule(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A run of an earlier version resumes with the whole phase's decay, from its first token on, and a batch warm-up."""
+    """A run of an earlier version resumes with the whole phase's decay, from its first token on, and a batch
+    warm-up."""
     decay, path = ["--phase", "decay"], tmp_path / "run" / "config.yaml"
     overrides = ["run.tokens=10K", "batch.warmup_min_rows=4"]
     old = ["schedule.decay_tokens=100K", "schedule.end_tokens=100K", "batch.warmup_tokens=2K"]

@@ -1,6 +1,6 @@
 """Run one rank of a large layout, alone. torch's fake process groups complete at once without data; everything else is
-the real code. Prints, as JSON, the bytes that the rank holds and those that it passes to its groups in a step. Runs in a
-fork of the test session's server (tests/forkserver.py)."""
+the real code. Prints, as JSON, the bytes that the rank holds and those that it passes to its groups in a step. Runs in
+a fork of the test session's server (tests/forkserver.py)."""
 
 from __future__ import annotations
 

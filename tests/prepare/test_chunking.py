@@ -1,4 +1,5 @@
-"""Chunking: no token is used twice or lost except in dropped last pieces, sizes are in bounds, the recipe's numbers hold."""
+"""Chunking: no token is used twice or lost except in dropped last pieces, sizes are in bounds, the recipe's numbers
+hold."""
 
 from __future__ import annotations
 

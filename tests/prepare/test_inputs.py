@@ -1,4 +1,5 @@
-"""The files of a folder that `ettin prepare` reads, those that it reports as passed over, and its choice of two columns."""
+"""The files of a folder that `ettin prepare` reads, those that it reports as passed over, and its choice of two
+columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`ettin prepare` reads every kind of input, makes the same bytes with any number of workers, and continues after a kill."""
+"""`ettin prepare` reads every kind of input, makes the same bytes with any number of workers, and continues after a
+kill."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def finished_tasks(folder: Path) -> list[Path]:
 
 
 def write_parts(folder: Path, bad: int | None = None) -> list[str]:
-    """Write four inputs of 300 documents, cut off the last line of number `bad`, and return arguments for one worker."""
+    """Write four inputs of 300 documents, cut off the last line of number `bad`, and return arguments for one
+    worker."""
     root = folder / "in"
     root.mkdir()
     for i in range(4):
@@ -224,7 +225,8 @@ def test_prepare_file_size_limit_is_reported_and_rerun_completes(
 def test_prepare_changed_inputs_are_refused_without_replan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Inputs that are named relative to another directory are recognized, because the frozen plan has resolved paths."""
+    """Inputs that are named relative to another directory are recognized, because the frozen plan has resolved
+    paths."""
 
     def refused(*arguments: str) -> str:
         capsys.readouterr()

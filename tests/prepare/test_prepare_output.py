@@ -1,5 +1,5 @@
-"""The output of `ettin prepare`: links, paths that cannot be written, an output inside the input, two commands at the same
-time, and a repeated command on a finished dataset."""
+"""The output of `ettin prepare`: links, paths that cannot be written, an output inside the input, two commands at the
+same time, and a repeated command on a finished dataset."""
 
 from __future__ import annotations
 

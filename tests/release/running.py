@@ -1,5 +1,5 @@
-"""Start `ettin release` as a session leader that tests can kill: a fork of the tests' server with forked workers, or the
-command as users start it, whose workers import for seconds."""
+"""Start `ettin release` as a session leader that tests can kill: a fork of the tests' server with forked workers, or
+the command as users start it, whose workers import for seconds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`ettin train data.order=FILE` trains on the file's rows in their order and ends after them. A resume is refused if the
-data has changed."""
+"""`ettin train data.order=FILE` trains on the file's rows in their order and ends after them. A resume is refused if
+the data has changed."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def stills(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return a run of three steps without learning and dropout, so that its losses are those of the checkpoint's weights."""
+    """Return a run of three steps without learning and dropout, so that its losses are those of the checkpoint's
+    weights."""
     made: dict[str, Trained] = {}
 
     def get(objective: str) -> Trained:

@@ -58,7 +58,8 @@ def test_from_step_retrains_bit_identically(pool: Pool, corpus: Path, whole: Tra
 def test_data_skip_after_from_step_leaves_out_rows(
     pool: Pool, corpus: Path, whole: Trained, run: Path, tmp_path: Path
 ) -> None:
-    """Steps 1 to 3 stay. The rows of step 4 are skipped, so the new step 4 has the rows and labels of the old step 5."""
+    """Steps 1 to 3 stay. The rows of step 4 are skipped, so the new step 4 has the rows and labels of the old step
+    5."""
     skip = "data.skip=24:32"
     (refused,) = pool.run(1, command(run, corpus, "mlm", [*OVERRIDES, skip], ["--from-step", "3"]))
     assert refused.status == 2
@@ -146,7 +147,8 @@ def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
 def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
     pool: Pool, corpus: Path, tmp_path: Path, milestones: Trained
 ) -> None:
-    """Milestones are saved at multiples of a token count, besides one full checkpoint, and a phase can start from one."""
+    """Milestones are saved at multiples of a token count, besides one full checkpoint, and a phase can start from
+    one."""
     run = milestones.directory
     assert [path.name for path in list_milestones(run)] == ["step_000000002", "step_000000004"]
     assert [path.name for path in list_checkpoints(run)] == ["step_000000004"]

@@ -50,8 +50,8 @@ def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Pa
 def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Path, corpus: Path) -> None:
     """Report an undetected byte in a dataset whose manifest has no digest.
 
-    Most of that manifest is the name of a source, which nothing else checks. Changed bytes are random, so in an ordinary
-    manifest every one might hit something that is checked.
+    Most of that manifest is the name of a source, which nothing else checks. Changed bytes are random, so in an
+    ordinary manifest every one might hit something that is checked.
     """
     shutil.copytree(corpus, tmp_path / "dataset", ignore=shutil.ignore_patterns("heldout"))
     path = tmp_path / "dataset" / "manifest.json"

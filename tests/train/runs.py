@@ -1,4 +1,4 @@
-"""Start tiny runs in the pool and read back their metrics and weights."""
+"""Train tiny runs in the pool and read their metrics and weights."""
 
 from __future__ import annotations
 
@@ -57,12 +57,14 @@ class Trained:
 
 
 def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair each layout with two of the options, layout after layout with the first and the last, the second and the
-    last but one, and so on; with ETTIN_WHOLE_TABLES (tests/nightly.sh) with all of them.
+    """Pair each layout with two of the options: the first layout with the first and the last option, the second with
+    the second and the last but one, and so on. If ETTIN_WHOLE_TABLES is set (tests/nightly.sh), pair it with all of
+    them.
 
     Args:
-        options: all combinations of two-valued choices, in the order of `itertools.product`. Two options equally far
-            from the ends then differ in every choice, so that each layout meets every value of each choice.
+        layouts: names of layouts.
+        options: all combinations of two-valued choices, in the order of `itertools.product`. Two options at the same
+            distance from the ends differ in every choice, so each layout is run with every value of each choice.
     """
     if os.environ.get("ETTIN_WHOLE_TABLES"):
         return [(layout, option) for layout in layouts for option in options]
@@ -76,7 +78,7 @@ def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str
 
 
 def tiered(cases: Iterable[str | tuple[str, ...]], first: Sequence[str | tuple[str, ...]]) -> list[Any]:
-    """Return the cases for `pytest.mark.parametrize`, those that are not in `first` marked `full`."""
+    """Return the cases for `pytest.mark.parametrize`; those that are not in `first` are marked `full`."""
     cases = list(cases)
     assert set(first) <= set(cases), set(first) - set(cases)
     tuples = [(case,) if isinstance(case, str) else case for case in cases]
@@ -109,7 +111,7 @@ def train(
     mutation: str | None = None,
     status: int = 0,
 ) -> Trained:
-    """Run to the end on `world` ranks; every rank must exit with `status`."""
+    """Train to the end on `world` ranks, assert that every rank exits with `status`, and return the run."""
     results = pool.run(world, command(directory, corpus, objective, overrides, options), mutation)
     assert [result.status for result in results] == [status] * world, "\n".join(r.output[-3000:] for r in results)
     return read(directory)

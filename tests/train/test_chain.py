@@ -43,7 +43,7 @@ def same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def apart(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Apart:
-    """Return a function of the world size, for the folder of the three phases run as three jobs."""
+    """Return a function of the world size that returns the folder of the three phases, trained as three jobs."""
 
     @functools.cache
     def run(world: int) -> Path:
@@ -170,7 +170,7 @@ def test_train_last_lines_name_checkpoint_and_next_command(pool: Pool, corpus: P
     complete = (
         f"{run}: complete by its record; nothing is left to train (run.tokens or run.steps would have to be more)"
     )
-    # before the model is built, of which the second line tells
+    # the line comes before the model is built, which prints the number of parameters
     assert output.index(complete) < next(at for at, one in enumerate(output) if "parameters" in one)
     assert output[-2].startswith(f"{run}: complete at step 3, ")
     assert output[-2].endswith(f"checkpoint {latest(run)}")

@@ -21,7 +21,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(arguments: list[str], columns: int) -> tuple[int, str]:
-    """Run `ettin` on a terminal of that width; return its exit status and its output without control sequences."""
+    """Run `ettin` on a pseudo-terminal; return (exit status, output without control sequences)."""
     line = program("ettin", *arguments)
     pid, terminal = pty.fork()
     if pid == 0:
@@ -79,7 +79,7 @@ def test_duration_format_shows_two_largest_units() -> None:
 
 
 def test_terminal_shows_the_validation_loss_of_the_last_step(corpus: Path, tmp_path: Path) -> None:
-    """Without a cadence held-out data are evaluated once, when the run is done."""
+    """Without an evaluation cadence, held-out data are evaluated once, at the end of the run."""
     arguments = command(tmp_path / "run", corpus, "mlm", ["run.steps=3", f"data.validation={corpus}/heldout"])
     status, output = on_a_terminal(arguments, 150)
     assert status == 0, output[-2000:]

@@ -33,7 +33,7 @@ def decoder(pool: Pool, corpus: Path, encoder: Trained, tmp_path_factory) -> Tra
 
 @pytest.fixture(scope="module")
 def exported(encoder: Trained, tmp_path_factory) -> Path:
-    """Hugging Face folder of the encoder."""
+    """Export the encoder and return its Hugging Face folder."""
     out = tmp_path_factory.mktemp("exported") / "hf"
     assert main(["convert", "to-hf", str(encoder.directory), str(out)]) == 0
     return out
@@ -78,7 +78,7 @@ def test_cross_training_first_loss_matches_transformers(
         trained.column("loss")[0], rel=1e-5
     )
     launch = json.loads((trained.directory / "history.jsonl").read_text().splitlines()[0])
-    # the optimizer state is not taken along
+    # the optimizer starts fresh
     assert launch["from"].startswith("weights of ")
 
 

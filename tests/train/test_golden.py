@@ -1,6 +1,6 @@
-"""Losses and gradient norms of the first steps of each objective against golden.json: whatever changes them changes
-every published run. `ETTIN_WRITE_GOLDEN=1 python -m pytest tests/train/test_golden.py` rewrites the file; the commit
-has to say why they may change."""
+"""Losses and gradient norms of each objective's first steps against golden.json. A change of them changes every
+published run. `ETTIN_WRITE_GOLDEN=1 python -m pytest tests/train/test_golden.py` rewrites the file; the commit must say
+why they may change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OVERRIDES = ["runtime.deterministic=true", "model.attention_output_dropout=0.1"]
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_train_deterministic_losses_match_golden_file(pool: Pool, corpus: Path, tmp_path: Path, objective: str) -> None:
-    """A second run in the same process is bit-identical; the file is matched within the fp32 rounding of other CPUs."""
+    """A second run in this process is bit-identical. The file is matched within the fp32 rounding of other CPUs."""
     overrides = [*OVERRIDES, *(["data.clm_fraction=0.5"] if objective.startswith("hybrid") else [])]
     first = train(pool, 1, tmp_path / "first", corpus, objective, ["run.steps=12", *overrides])
     second = train(pool, 1, tmp_path / "second", corpus, objective, ["run.steps=4", *overrides])

@@ -1,5 +1,5 @@
-"""The layout does not change the results: 8 steps on every layout against one process, at a learning rate at which the
-loss falls by more than a nat."""
+"""The layout does not change the results: 8 steps on every layout against one process. At the learning rate used the
+loss falls by at least one nat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import forkserver
 from tests.pool import Pool, mutated
 from tests.train.runs import Trained, command, pairs, read, tiered, train
 
-# in an order in which every choice of OPTIONS meets every kind of layout, see `pairs`
+# ordered so that `pairs` combines every choice of OPTIONS with every kind of layout
 LAYOUTS = {
     "tp2": (2, "parallel.tp=2"),
     "pp2": (2, "parallel.pp=2"),
@@ -58,7 +58,7 @@ OPTIONS = {
 }
 DROPOUT, CLIPPED = "mlm stable_adamw dropout", "clm adamw dropout"
 OPTIONS[CLIPPED] = ("clm", OPTIONS[CLIPPED][1] + " optim.clip_grad=0.5")
-# one run for each kind of layout; every two values of two choices meet
+# one run for each kind of layout; every pair of values of two choices occurs
 FIRST = [
     ("tp2", DROPOUT),
     ("pp2", CLIPPED),
@@ -73,12 +73,12 @@ FIRST = [
     ("dp3, which does not divide the batch", "mlm adamw none"),
     ("recompute attention", "mlm adamw dropout"),
 ]
-# mntp: masked tokens are predicted from the position before; hybrid: causal and masked rows in one step, the share
-# changing during the run
+# mntp predicts masked tokens from the position before; hybrid has causal and masked rows in one step, in a share that
+# changes during the run
 MORE = {
     "mntp": ("mntp", "optim.name=stable_adamw model.attention_output_dropout=0"),
     "hybrid": ("hybrid_mntp", "data.clm_fraction=[[0,0.8],[3000,0.3]] optim.name=stable_adamw"),
-    # rows of one chunk, laid end to end: micro-batches have different numbers of tokens
+    # padded rows are laid end to end, so micro-batches have different numbers of tokens
     "padded": ("mlm", "data.batching=padded model.attention_output_dropout=0.1"),
     "padded hybrid": ("hybrid_mntp", "data.batching=padded data.clm_fraction=0:0.8,3000:0.3"),
 }
@@ -93,7 +93,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return the one-process run of an option (and number of layers), trained at the first use."""
+    """Return a function that returns the one-process run of an option (and number of layers), trained at first use."""
     made: dict[tuple[str, str, str | None], Trained] = {}
 
     def get(option: str, overrides: str = "", mutation: str | None = None) -> Trained:
@@ -110,7 +110,7 @@ def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def difference(actual: Trained, expected: Trained) -> dict[str, float]:
-    """Return the largest relative difference of losses and of gradient norms and absolute one of weights."""
+    """Return the largest relative differences of losses and gradient norms, and the largest absolute one of weights."""
     assert actual.column("rows") == expected.column("rows")
     assert actual.column("tokens") == expected.column("tokens")
     relative = {
@@ -124,7 +124,7 @@ def difference(actual: Trained, expected: Trained) -> dict[str, float]:
 
 def equal(actual: Trained, expected: Trained) -> bool:
     apart = difference(actual, expected)
-    # sums in another order leave up to 5e-8, 6e-7 and 5e-6 after 8 steps
+    # measured differences, from sums in another order: up to 5e-8, 6e-7 and 5e-6 after 8 steps
     return apart["loss"] <= 1e-6 and apart["grad_norm"] <= 5e-6 and apart["weights"] <= 3e-5
 
 
@@ -195,7 +195,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 def test_train_compiled_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    """Use the element-wise kernels of torch.compile and the loss functions written for them."""
+    """Use the element-wise kernels that torch.compile makes, and the loss functions written for them."""
     world, overrides = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
     overrides = [*STEPS, *choice.split(), *overrides.split(), "runtime.compile=always"]
@@ -205,7 +205,7 @@ def test_train_compiled_matches_one_process(
 
 @NEEDS_COMPILER
 def test_train_with_compiled_functions_only_traced_matches_one_process(corpus: Path, tmp_path: Path, reference) -> None:
-    """Use the loss functions written for torch.compile, and have all fusible functions traced by it."""
+    """Use the loss functions for torch.compile, and let it trace every `maybe_compile` function without compiling."""
     objective, choice = OPTIONS[CLIPPED]
     overrides = command(tmp_path, corpus, objective, [*STEPS, *choice.split(), "runtime.compile=always"])
     line = forkserver.command("tests.train.test_invariance:train_traced", *overrides)
@@ -217,7 +217,7 @@ def test_train_with_compiled_functions_only_traced_matches_one_process(corpus: P
 
 
 def train_traced(*arguments: str) -> int:
-    """Run `ettin WORDS` with torch.compile tracing what it is given and compiling nothing."""
+    """Run `ettin` with a torch.compile that traces functions and compiles nothing."""
     real = torch.compile
     with (
         mock.patch.object(torch, "compile", lambda *given, **named: real(*given, **named, backend="eager")),
@@ -310,14 +310,14 @@ def test_muon_on_layout_matches_one_process(
 def test_muon_in_bf16_on_layout_follows_one_process_and_per_shard_does_not(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    """Muon orthogonalizes in bf16 where the condition fp32_orthogonal does not patch it."""
+    """Muon in bf16, without the condition fp32_orthogonal: layouts agree within 5e-4, per-shard updates do not."""
     world, overrides = LAYOUTS[layout]
     objective, choice = MUON[option]
     overrides = [*STEPS, *choice.split(), *overrides.split()]
     usual = train(pool, world, tmp_path / "usual", corpus, objective, overrides)
     assert difference(usual, reference(option))["loss"] <= 5e-4
     wrong = train(pool, world, tmp_path / "wrong", corpus, objective, overrides, mutation="orthogonal_per_shard")
-    # a hundred times what `equal` allows
+    # a hundred times the tolerance of `equal`
     assert difference(wrong, reference(option, mutation="fp32_orthogonal"))["loss"] > 1e-4
 
 
@@ -340,7 +340,7 @@ def test_pipeline_of_seven_layers_matches_one_process(
 def test_train_with_vocabulary_padded_over_three_ranks_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference
 ) -> None:
-    """The row that pads 320 entries to 321 counts in no mean of the optimizer."""
+    """The optimizer's means must not count the row that pads 320 vocabulary entries to 321."""
     option, shape = "clm stable_adamw none", "model.num_attention_heads=3 model.hidden_size=48 optim.lr=1e-2"
     objective, choice = OPTIONS[option]
     overrides = [*STEPS, *choice.split(), *shape.split(), "parallel.tp=3"]
@@ -352,7 +352,7 @@ def test_train_with_vocabulary_padded_over_three_ranks_matches_one_process(
     assert float((ours[:320] - theirs).abs().max()) <= 3e-5
 
 
-# a step at a vanishing learning rate leaves the initial weights in the checkpoint (the bias moves by 1e-30)
+# one step at a learning rate of 1e-30 leaves the initial weights in the checkpoint (the bias moves by 1e-30)
 STILL = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0"]
 
 

@@ -1,4 +1,4 @@
-"""Figures of a step are summed over micro-batches and ranks as their `reduce` says."""
+"""Totals of a step are reduced over micro-batches and ranks as their reduction says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ettin.train.progress import StepTotals
 
 
 def reduced(monkeypatch: pytest.MonkeyPatch, *ranks: StepTotals) -> dict[str, float]:
-    """Return what every rank gets from the all-reduce over `ranks`."""
+    """Return the totals that every rank gets from an all-reduce over `ranks`."""
     own: list[list[float]] = []
     monkeypatch.setattr(progress, "all_reduce_sum", lambda values, device: own.append(values) or values)
     for rank, one in enumerate(ranks):

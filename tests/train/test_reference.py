@@ -1,5 +1,5 @@
-"""Twelve steps of training against plain PyTorch: the `transformers` model, rows and masks from `ettin order`, the loss
-and StableAdamW written out here. With our recipe and the original one, at a learning rate at which the loss falls."""
+"""Twelve steps of training against plain PyTorch: a `transformers` model, rows and masks from `ettin order`, and a loss
+and StableAdamW that are written out here. Both recipes are tested, at a learning rate at which the loss falls."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ RECIPES = {
 def stable_adamw(
     groups: list[list[torch.nn.Parameter]], state: dict, t: int, lr: float, max_lr: float, decay: float
 ) -> None:
-    """Update the parameters with StableAdamW (betas 0.9 and 0.98, eps 1e-6). A group is one tensor of the trainer;
-    a decoder layer's q, k and v form one."""
+    """Update the parameters with StableAdamW (betas 0.9 and 0.98, eps 1e-6). A group is clipped together, as one tensor
+    of the trainer; a decoder layer's q, k and v form one group."""
     for i, group in enumerate(groups):
         m, v = state.setdefault(i, ([torch.zeros_like(p) for p in group], [torch.zeros_like(p) for p in group]))
         ratios = []
@@ -70,7 +70,7 @@ def micro_batch(seen, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of_means: bool) -> list[float]:
     """Train in plain PyTorch and return the mean loss over predicted tokens of every step."""
     model.model.embeddings.tok_embeddings.padding_idx = (
-        None  # a random replacement may be [PAD]: it has a gradient here
+        None  # a random replacement may be [PAD], which must get a gradient
     )
     state: dict = {}
     losses = []

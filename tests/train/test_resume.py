@@ -1,4 +1,4 @@
-"""Resuming: bit-identical on the same layout, within 1e-5 on another, after a signal, from a damaged checkpoint."""
+"""Resuming: bit-identical on the same layout, within 1e-5 on another; after a signal, and from damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ LAYOUTS = {
 
 
 class ResumedRuns:
-    """Runs without interruption, and runs that stop halfway and go on. Those that several tests need are made once.
+    """Cache of uninterrupted runs and of runs that stop halfway and resume, for several tests.
 
     Args:
-        root: the folder for all of them.
-        steps: of a whole run.
+        root: the folder of all runs.
+        steps: number of steps of a whole run.
     """
 
     def __init__(self, pool: Pool, corpus: Path, root: Path, steps: int = 6) -> None:
@@ -59,7 +59,7 @@ class ResumedRuns:
     def pair(
         self, first: str, second: str, overrides: list[str], mutation: str | None = None
     ) -> tuple[Trained, Trained]:
-        """Return a whole run on the layout `first`, and one of which the second half is on `second`."""
+        """Return an uninterrupted run on the layout `first`, and one that resumes halfway on the layout `second`."""
         uninterrupted = self.once(first, self.steps, overrides, mutation)
         half = self.once(first, self.steps // 2, overrides, mutation)
         folder = Path(tempfile.mkdtemp(dir=self.root))
@@ -137,7 +137,7 @@ def test_resume_with_bf16_on_same_layout_is_bit_identical(runs: ResumedRuns) -> 
 
 @pytest.mark.full
 def test_resume_with_bf16_on_another_layout_matches_losses(runs: ResumedRuns) -> None:
-    """The checkpoint holds fp32 master weights: another layout differs only by the bf16 rounding of activations."""
+    """The checkpoint holds fp32 master weights, so another layout differs only by the bf16 rounding of activations."""
     uninterrupted, resumed = runs.pair("dp2 sharded", "tp2 pp2", BF16)
     assert (
         max(abs(a - b) / b for a, b in zip(resumed.column("loss"), uninterrupted.column("loss"), strict=True)) <= 5e-3
@@ -150,7 +150,7 @@ def test_resume_with_bf16_on_another_layout_matches_losses(runs: ResumedRuns) ->
 def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
     pool: Pool, corpus: Path, runs: ResumedRuns, first: str, second: str
 ) -> None:
-    """Scales are saved once by all ranks as plain tensors and restored on other layouts as in an uninterrupted run."""
+    """FP8 scales are saved once, as plain tensors, and another layout continues with the same ones."""
 
     def scales(run: Trained) -> dict[str, list[float]]:
         checkpoint = latest(run.directory)
@@ -165,7 +165,7 @@ def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
     # 4 layers with 2 linears each, 4 tensors per linear
     assert len(actual) == 4 * 2 * 4
     assert actual["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[6.0 * 4] * 2]
-    # another precision ignores the scales; a run that resumes without any starts with new ones
+    # another precision ignores the scales; a run that resumes without scales starts with new ones
     train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=7"])
     again = train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=8"], mutation="delayed_scales")
     assert again.column("step")[-1] == 8
@@ -180,7 +180,7 @@ def test_checkpoint_keep_retains_newest_and_updates_latest(pool: Pool, corpus: P
 
 
 def test_checkpoint_interrupted_pruning_is_completed_by_next_launch(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A leftover of pruning that was killed after the last step is removed though the next launch trains nothing."""
+    """A leftover of pruning that was killed after the last step is removed, although the next launch trains nothing."""
     overrides = ["run.steps=2", "checkpoint.every_steps=1"]
     train(pool, 2, tmp_path, corpus, "mlm", overrides)
     folder = tmp_path / "checkpoints"
@@ -205,18 +205,18 @@ def test_checkpoint_every_tokens_saves_at_each_crossing(pool: Pool, corpus: Path
 def test_checkpoint_every_minutes_saves_on_all_ranks_by_the_clock_of_rank_0(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
-    """Every step is later than so few minutes after the last save; rank 0 asks for the next with the sums of a step."""
+    """With a very short interval a save is due at every step; rank 0 requests it with the step's totals."""
     overrides = ["run.steps=4", "checkpoint.every_minutes=1e-9", "checkpoint.keep=0", "checkpoint.asynchronous=false"]
     train(pool, 2, tmp_path, corpus, "mlm", overrides)
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [2, 3, 4]
-    # a run of a version that had no such key goes on
+    # a run of a version without this key resumes
     recorded = tmp_path / "config.yaml"
     recorded.write_text("".join(line for line in recorded.open() if "every_minutes" not in line))
     train(pool, 2, tmp_path, corpus, "mlm", ["run.steps=5"])
 
 
 def test_resume_metrics_after_checkpoint_move_to_rolled_back_file(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A run that crashed after its checkpoint repeats those steps; metrics.jsonl has each step once."""
+    """A run that crashed after its checkpoint repeats the later steps, and metrics.jsonl has each step once."""
     uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=3"])
     train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=2"])
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
@@ -254,7 +254,7 @@ def test_resume_intact_checkpoint_of_other_shape_is_refused(pool: Pool, corpus: 
 
 
 def test_sigterm_saves_last_step_and_exits_75(corpus: Path, tmp_path: Path) -> None:
-    """A real process that gets SIGTERM finishes its step, saves it and exits with 75."""
+    """A process that gets SIGTERM finishes its step, saves it and exits with 75."""
     overrides = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])
     process = subprocess.Popen(program("ettin", *overrides), env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -294,7 +294,7 @@ def test_init_from_next_phase_keeps_optimizer_and_cross_starts_fresh(pool: Pool,
     assert json.loads((latest(tmp_path / "third") / "progress.json").read_text())["updates"] == 1
 
 
-# no weight moves: gradients, and what becomes of them, are the same whatever the optimizer is
+# the weights stay, so gradients and moments do not depend on the optimizer
 STILL = ["optim.lr=1e-12", "optim.weight_decay_reference_lr=1", "optim.weight_decay=0", "optim.beta2=0.9"]
 
 
@@ -327,7 +327,7 @@ def test_resume_with_another_optimizer_converts_its_moments(
     expected, actual = moments(uninterrupted), moments(read(tmp_path / "changed"))
     assert actual.keys() == expected.keys()
     for key, tensor in actual.items():
-        # one of 4,096 elements near 0 differs by 1.8e-9
+        # tolerance for one of 4,096 elements near 0, which differs by 1.8e-9
         torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=3e-9)
 
 

@@ -1,4 +1,4 @@
-"""A run whose log cannot be written: it trains on, saves, and ends with the status that it would have had."""
+"""A run whose log cannot be written trains on, saves, and exits with the same status as otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 4
 
 @contextlib.contextmanager
 def pipe_without_reader() -> Iterator[int]:
-    """Yield the end to write to."""
+    """Yield the writing end of a pipe whose reading end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -38,7 +38,7 @@ def full_disk() -> Iterator[int]:
 
 @contextlib.contextmanager
 def hung_up_terminal() -> Iterator[int]:
-    """Yield the program's side of a terminal whose other side is closed."""
+    """Yield the program's side of a pseudo-terminal whose other side is closed."""
     terminal, side = os.openpty()
     os.close(terminal)
     try:
@@ -52,7 +52,7 @@ def arguments(run: Path, corpus: Path, *more: str) -> list[str]:
 
 
 def is_whole(run: Path) -> bool:
-    """Return whether the run has all its steps, and its last checkpoint."""
+    """Return whether the run has recorded all steps and saved its last checkpoint."""
     newest = latest(run)
     return len(read(run).metrics) == STEPS and newest is not None and newest.name == f"step_{STEPS:09d}"
 
@@ -81,7 +81,7 @@ def test_train_without_standard_output_continues_and_warns(lost, more, corpus: P
 
 @pytest.mark.parametrize("lost", [full_disk, pytest.param(pipe_without_reader, marks=pytest.mark.full)])
 def test_train_without_standard_error_continues_and_warns(lost, corpus: Path, tmp_path: Path) -> None:
-    """Take a phase that begins from no other, of which a run warns on standard error."""
+    """Train a phase without the phase before it, because this prints a warning on standard error."""
     with lost() as errors:
         call = program("ettin", *arguments(tmp_path / "run", corpus, "--phase", "extend"))
         ended = subprocess.run(call, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -93,7 +93,7 @@ def test_train_without_standard_error_continues_and_warns(lost, corpus: Path, tm
 @pytest.mark.full
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "> /dev/full 2>&1"])
 def test_train_with_closed_standard_files_exits_0(redirection: str, corpus: Path, tmp_path: Path) -> None:
-    """Take the interpreter itself: closed files are its start's matter, and the last flush its end's."""
+    """Start a real interpreter, because its start handles closed files, and its end flushes them."""
     call = " ".join([sys.executable, "-m", "megatron_ettin", *arguments(tmp_path / "run", corpus)])
     ended = subprocess.run(["bash", "-c", f"{call} {redirection}"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -109,7 +109,7 @@ def test_train_invalid_setting_with_closed_standard_files_exits_2(lost: str, tmp
 
 @pytest.mark.full
 def test_train_with_closed_terminal_trains_on(corpus: Path, tmp_path: Path) -> None:
-    """Close the terminal once the bar stands on it."""
+    """Close the terminal once the progress bar is on it."""
     terminal, side = os.openpty()
     call = program("ettin", *command(tmp_path / "run", corpus, "mlm", ["run.steps=40"]))
     running = subprocess.Popen(call, stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"})

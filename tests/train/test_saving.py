@@ -1,4 +1,4 @@
-"""Asynchronous saving: the tensors of a synchronous save, kills while writing, a full disk, retention, verification."""
+"""Asynchronous saving: same tensors as a synchronous save, kills while writing, full disks, retention, verification."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.pool import Pool, mutated
 from tests.train.runs import Trained, command, read, train
 
 pytestmark = pytest.mark.ranks
-# bytes, the same as in small_blocks of tests/conditions.py
+# bytes; equal to that of `small_blocks` in tests/conditions.py
 BLOCK = 1 << 16
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
 EACH = ["checkpoint.every_steps=1", "checkpoint.keep=0"]
@@ -52,7 +52,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_async_save_matches_synchronous_save(
     pool: Pool, corpus: Path, tmp_path: Path, world: int, overrides: str
 ) -> None:
-    """Every checkpoint holds the tensors of its step, not those that the optimizer has updated while it was written."""
+    """Each checkpoint holds its step's tensors, although the optimizer updates them while it is written."""
     for name in ("true", "false"):
         more = ["run.steps=4", *OFTEN, f"checkpoint.asynchronous={name}", *overrides.split()]
         train(pool, world, tmp_path / name, corpus, "mlm", more)
@@ -95,7 +95,7 @@ def test_sharded_save_matches_unsharded_and_is_spread_over_ranks(
 
 
 def train_killed_at_second_save(moment: str, *arguments: str) -> int:
-    """Run `ettin WORDS` in this process, and end it by SIGKILL `before` or `after` step 2 gets its name."""
+    """Run `ettin` in this process, which kills itself `before` or `after` it renames the checkpoint of step 2."""
     rename = os.rename
 
     def killing(source: Path, target: Path, **named: int) -> None:
@@ -113,7 +113,7 @@ def train_killed_at_second_save(moment: str, *arguments: str) -> int:
 def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
-    """`latest` names the checkpoint before it, which is whole, and the resumed run has the losses of a whole one."""
+    """`latest` names the previous checkpoint, which is complete, and the resumed run has the uninterrupted losses."""
     uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
     for moment in ("before", "after"):
         run = tmp_path / moment
@@ -130,8 +130,8 @@ def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
 
 @pytest.mark.full
 def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A process that saves at every step is killed at random moments: the checkpoint that `latest` names is complete,
-    and the resumed run ends with the losses of an uninterrupted one."""
+    """Kill a process that saves at every step at random moments. `latest` names a complete checkpoint, and the resumed
+    run ends with the losses of an uninterrupted one."""
     overrides = ["checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=30"]
     line = forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", overrides))
     draw = random.Random(5)
@@ -159,7 +159,8 @@ def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """File system of 32 MiB of which 31 are used: too small for a checkpoint of the tiny shape with its optimizer."""
+    """Mount a file system of 32 MiB with 1 MiB free: too little for a checkpoint of the tiny shape with its
+    optimizer."""
     if os.geteuid() != 0:
         pytest.skip("mounting wants root")
     folder = tmp_path / "small"
@@ -171,7 +172,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_save_on_full_disk_is_reported_and_retried(pool: Pool, corpus: Path, small_disk: Path) -> None:
-    """Training continues, and the save succeeds once there is room again."""
+    """Training continues, and a later try of the save succeeds once there is room."""
     overrides = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
     overrides.append("checkpoint.weights_every_tokens=1000")
     results = pool.run(2, command(small_disk / "run", corpus, "mlm", overrides), "room_after_step_8")
@@ -189,7 +190,7 @@ def test_save_on_full_disk_is_reported_and_retried(pool: Pool, corpus: Path, sma
 
 
 def test_save_disk_filled_while_writing_keeps_previous_checkpoint(pool: Pool, corpus: Path, small_disk: Path) -> None:
-    """A save that runs out of space midway leaves no files, the previous checkpoint stays the latest, the run fails."""
+    """A save that runs out of space leaves no files. The previous checkpoint stays the latest, and the run fails."""
     (small_disk / "filler").unlink()
     train(pool, 1, small_disk / "run", corpus, "mlm", ["run.steps=1"])
     overrides = ["run.steps=4", "checkpoint.every_steps=2", "checkpoint.retry_seconds=1000"]
@@ -210,7 +211,8 @@ def test_save_disk_filled_while_writing_keeps_previous_checkpoint(pool: Pool, co
 
 @pytest.fixture
 def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
-    """Give a run's folder whose metrics.jsonl alone lies on a full file system, with the file that fills it."""
+    """Yield a run's folder in which only metrics.jsonl is on a full file system; tmp_path/filler is the file to
+    delete."""
     if os.geteuid() != 0:
         pytest.skip("mounting wants root")
     small, run = tmp_path / "small", tmp_path / "run"
@@ -223,7 +225,7 @@ def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
         while filler.write(b"\0" * 4096):
             pass
     subprocess.run(["mount", "--bind", small / "metrics.jsonl", run / "metrics.jsonl"], check=True)
-    # where `room_after_step_8` finds it
+    # a link to the filler, at the path that `room_after_step_8` deletes
     (tmp_path / "filler").symlink_to(small / "filler")
     yield run
     subprocess.run(["umount", "-l", run / "metrics.jsonl"], check=True)
@@ -231,7 +233,7 @@ def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_save_waits_for_metrics_that_cannot_be_written(pool: Pool, corpus: Path, full_disk_under_metrics: Path) -> None:
-    """Publish no checkpoint before its steps are in metrics.jsonl; write and save them once there is room."""
+    """No checkpoint is published before its steps are in metrics.jsonl; once there is room, both are written."""
     run = full_disk_under_metrics
     overrides = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
     results = pool.run(2, command(run, corpus, "mlm", overrides), "room_after_step_8")
@@ -272,7 +274,7 @@ def test_save_whose_pruning_fails_is_published_with_a_warning(pool: Pool, corpus
         pytest.skip("mounting wants root")
     train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=1"])
     oldest = tmp_path / "checkpoints" / step_name(1)
-    # a place where something is mounted cannot be renamed
+    # a mount point cannot be renamed
     subprocess.run(["mount", "--bind", oldest, oldest], check=True)
     try:
         overrides = ["run.steps=3", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.on_failure=stop"]
@@ -306,7 +308,7 @@ def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, cor
 
 @pytest.fixture(scope="module")
 def two_checkpoints(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Train two steps on two ranks, and save both in files of many blocks."""
+    """Train two steps on two ranks, and save each as a checkpoint whose files have many blocks."""
     overrides = ["run.steps=2", *EACH]
     return train(pool, 2, tmp_path_factory.mktemp("saved"), corpus, "mlm", overrides, mutation="small_blocks")
 
@@ -315,11 +317,11 @@ def two_checkpoints(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathF
 def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
     pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained, position_choice: str
 ) -> None:
-    """Whichever rank verifies the damaged block, its file is named, and the run resumes bit-identically from the
-    checkpoint before, although the damaged one was loaded first."""
+    """Whichever rank verifies the damaged block, the error names its file. The run then resumes bit-identically from
+    the previous checkpoint, although the damaged one was loaded first."""
     uninterrupted, newest = two_checkpoints, list_checkpoints(two_checkpoints.directory)[-1]
     entries = json.loads((newest / "integrity.json").read_text())["files"]
-    # one file of each rank
+    # a file of each rank
     ours, theirs = sorted(name for name, entry in entries.items() if len(entry.get("blocks", [])) > 3)
     chosen = [(ours, 0), (theirs, entries[theirs]["bytes"] - 1), ("progress.json", 0)]
     if position_choice == "all":
@@ -346,7 +348,7 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
 def test_resume_from_integrity_format_1_verifies_and_falls_back(
     pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained
 ) -> None:
-    """Format 1 has one sha256 per file and none of the record itself; it is verified, and a damaged file is named."""
+    """A record of format 1 (one sha256 per file, none of itself) is verified, and a damaged file is named."""
     uninterrupted = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=3"])
     shutil.copytree(two_checkpoints.directory, tmp_path / "run")
     newest = list_checkpoints(tmp_path / "run")[-1]

@@ -1,4 +1,4 @@
-"""`batch.loss_normalization=microbatch`, the original trainer's: its scale, and what decides it."""
+"""`batch.loss_normalization=microbatch`, as in the original trainer: the scale of its gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.train.runs import command, train
 
 pytestmark = pytest.mark.ranks
 MEANS = "batch.loss_normalization=microbatch"
-# one micro-batch, whose mean of means is the mean; the weights stay where they are
+# with one micro-batch both normalisations are equal; the learning rate leaves the weights unchanged
 WHOLE = [
     *("batch.global_batch_rows=9", "batch.micro_batch_rows=9", "batch.warmup_min_rows=1", "run.steps=4"),
     *("precision.name=bf16", "model.attention_output_dropout=0", "optim.lr=1e-30", "optim.weight_decay=0"),
@@ -22,7 +22,7 @@ WHOLE = [
 def test_train_microbatch_normalization_in_bf16_has_the_gradients_of_the_global_one(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
-    """1 / labels is not rounded to bf16, 0.26 % off in the second step, before it scales the gradients."""
+    """1 / labels must not be rounded to bf16, which would make it 0.26 % wrong in the second step."""
     means = train(pool, 1, tmp_path / "means", corpus, "clm", [*WHOLE, MEANS])
     expected = train(pool, 1, tmp_path / "mean", corpus, "clm", WHOLE)
     assert expected.column("labels")[1] == 441

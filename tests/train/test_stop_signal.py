@@ -1,5 +1,5 @@
-"""Runs that are ended from outside: signals before the first step and after it, a launcher that is killed, a directory that is
-removed."""
+"""Runs that end by an external event: signals before and after the first step, a killed launcher, a removed
+directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANY = ["run.steps=100000", "metrics.every_steps=1"]
 
 @contextlib.contextmanager
 def alone_of_two(rank: int, folder: Path, arguments: list[str]) -> Iterator[tuple[forkserver.Child, Path]]:
-    """Start one rank of two, the other of which never comes; yield it and its log."""
+    """Start one rank of two and never the other; yield (the rank, its log)."""
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     log = folder / "log"
@@ -82,7 +82,7 @@ def test_stop_signal_sighup_saves_the_run(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_stop_signal_sighup_is_ignored_under_nohup(corpus: Path, tmp_path: Path) -> None:
-    """Send SIGHUP to a run that was started with it ignored, and see it train on."""
+    """A run that was started with SIGHUP ignored trains on after SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         arguments = command(tmp_path / "run", corpus, "mlm", ["run.steps=30", "metrics.every_steps=1"])
@@ -103,7 +103,7 @@ def pids() -> list[int]:
 
 
 def open_files(pid: int) -> str:
-    """Return the paths of a process's open files; nothing where it is gone."""
+    """Return the paths of a process's open files; none if the process is gone."""
     with contextlib.suppress(OSError):
         return " ".join(os.readlink(f"/proc/{pid}/fd/{file}") for file in os.listdir(f"/proc/{pid}/fd"))
     return ""
@@ -124,7 +124,8 @@ def has_mapped(pid: int, name: str) -> bool:
 
 @pytest.mark.full
 def test_rank_with_killed_launcher_ends_during_its_imports(corpus: Path, tmp_path: Path) -> None:
-    """Take the interpreter itself, whose imports take seconds, below a shell in the place of torchrun's agent."""
+    """Start a real interpreter, which imports for seconds, as the child of a shell that stands in for torchrun's
+    agent."""
     arguments = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "run", corpus, "mlm", MANY)]
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())

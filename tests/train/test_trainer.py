@@ -1,4 +1,4 @@
-"""A run of `ettin train` as a whole: what lies between the command and the step."""
+"""The functions between the command `ettin train` and a training step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.train.runs import command
 def test_train_step_is_at_most_five_frames_from_the_command(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read the stack inside a step: a reader follows these functions from the command line to the step."""
+    """Read the stack inside a step; it holds the functions that docs/decisions.md 82 lists."""
     stacks: list[list[str]] = []
     real = trainer.train_step
 

@@ -1,9 +1,9 @@
 """Change single bytes of a dataset or a run: each change is detected and named, or changes nothing that is read.
 
-A byte of a file chosen by file type (so that small files come up as often as large ones) gets another value. `ettin
-inspect PATH --verify` must end with 2 and name the file, or the one that records what it should be. What it lets pass
-must be the same to every reader: JSON and YAML of equal content. For `latest` a run must still find a whole checkpoint.
-Files are restored afterwards. An attempt is a function of seed and number, and the report names both.
+A byte of a file gets another value; the file is chosen by type, so that small files come up as often as large ones.
+`ettin inspect PATH --verify` must exit with 2 and name the file, or the file that holds its digest. An accepted change
+must leave equal content for every reader (JSON and YAML). After a change of `latest` a run must still find a complete
+checkpoint. Files are restored afterwards. An attempt is a function of seed and number, and the report names both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def file_type(path: Path) -> str:
 
 
 def files_of(folder: Path) -> dict[str, list[Path]]:
-    """Return what is protected: a run's checkpoints; of a dataset everything but notes on how it was made."""
+    """Return the protected files: a run's checkpoints, or a dataset without the notes on how it was made."""
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     by_type = collections.defaultdict(list)
     for path in sorted(inside.rglob("*")):
@@ -44,7 +44,7 @@ def verified(folder: Path) -> tuple[int, str]:
 
 
 def same_content(path: Path, before: bytes, after: bytes) -> bool:
-    """Return whether every reader finds the same values."""
+    """Return whether two texts of JSON or YAML hold equal values."""
     import yaml
 
     if path.suffix not in (".json", ".yaml"):

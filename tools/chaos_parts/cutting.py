@@ -1,8 +1,8 @@
 """Kill the publishing of a checkpoint before each call that changes the disk.
 
-Each time a whole checkpoint must be found, `latest` must never name a torn one, and what follows must work and leave
-nothing behind. A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a power failure, which
-loses what was not forced to the disk (`lost`).
+After each cut a complete checkpoint must be found, `latest` must not name a torn one, and the next save must work and
+leave nothing behind. A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a simulated power
+failure, which loses data that was not synced (`lost`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KILLED, TORN, LOST = "killed", "torn", "lost"
 
 @dataclass(frozen=True)
 class Case:
-    """A save to cut. `traced` does it under a Cut of this number; `wrong` returns what does not hold afterwards."""
+    """A save to cut. `traced` runs it and cuts it at a call number; `wrong` returns the promises broken afterwards."""
 
     name: str
     folder: Path
@@ -61,7 +61,7 @@ def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
 def boundaries(calls: list[Call], way: str) -> list[int]:
     """Return the numbers of the calls to cut.
 
-    Of many consecutive writes to one file, which differ in its length only, the first and the last.
+    Consecutive writes to one file differ only in its length, so only the first and the last of them are cut.
     """
 
     def is_inner(at: int) -> bool:

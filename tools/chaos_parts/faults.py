@@ -1,4 +1,4 @@
-"""Faults of a round.
+"""The faults that a round of `tools/chaos.py run` can inject.
 
 Each prepares the round, returns the actions of a disturbed launch, and may act between launches. Times are steps of the
 run plus seconds, so that a seed means the same on a slow host.

@@ -1,6 +1,6 @@
 """One launch of a run: ranks as real processes, and actions at times that follow the run's own progress.
 
-When a rank has failed, the others get some seconds and are then killed, as a launcher does.
+When a rank has failed, the other ranks get some seconds to exit and are then killed, as by a launcher.
 """
 
 from __future__ import annotations

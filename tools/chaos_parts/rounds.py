@@ -24,25 +24,25 @@ from megatron_ettin.checkpoint.directory import latest, read_progress
 from megatron_ettin.checkpoint.integrity import verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 
-# without a step, on a host that is busy with other work
+# seconds without a step that count as a hang, on a host that is busy with other work
 PATIENT_SECONDS = 30.0
-# at most, per round
+# most disturbed launches in a round
 LAUNCHES = 8
-# for an undisturbed launch
+# most seconds of an undisturbed launch
 LIMIT_SECONDS = 150.0
-# after the last fault of a launch; some hang for ten minutes on purpose
+# most seconds after a launch's last fault; some faults hang for ten minutes on purpose
 PATIENCE_SECONDS = 40.0
 # share of rounds with a second kind of fault
 TOGETHER = 0.35
 COMPARED = ("step", "tokens", "loss", "grad_norm", "lr", "rows")
 IDENTICAL, REFUSED = "identical", "refused"
-# prefix of the line in which a run says why it ends
+# prefix of the line with the reason for which a run ends
 REFUSAL = "ettin train: "
 
 
 @dataclass
 class RoundRecord:
-    """A line of the log."""
+    """Record of a round, one line of the log."""
 
     seed: int
     round: int
@@ -191,7 +191,7 @@ class Chaos:
             if number < disturbed:
                 record.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
             elif number >= disturbed + 1 and 2 in statuses:
-                # it would be refused again
+                # another launch would be refused again
                 break
         record.events += [line for line in output.splitlines() if line.startswith(REFUSAL)]
         return judged(round, statuses, output, expected)
@@ -202,7 +202,7 @@ def unnamed_damage(round: Round, output: str) -> str | None:
     match = re.search(r"resumed (step_\d+) ", output)
     if not match or not round.damaged:
         return None
-    # it is skipped from now on, or was saved again
+    # later launches skip it, or its step was saved again
     damaged, round.damaged = round.damaged, []
     for path, how in damaged:
         name = path.parts[path.parts.index("checkpoints") + 1]

@@ -1,8 +1,8 @@
 """Kill a process (kill -9) at the entry of its N-th system call that changes a folder, in whichever thread.
 
 `strace --inject` counts the calls of each thread separately, but several threads write a checkpoint: here one count
-covers all of them, by ptrace. A write can be cut in its middle too, and what was written but not forced to the disk be
-lost, as in a power failure. Linux on x86-64.
+covers all of them, by ptrace. A write can also be cut in its middle, and data that was not synced can be removed, as in
+a power failure. Needs Linux on x86-64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = 0x01 | 0x02 | 0x04 | 0x08 | 0x100000
 ENTRY, EXIT = 1, 2
 WALL = 0x40000000
 O_CREAT, O_TRUNC = os.O_CREAT, os.O_TRUNC
-# number: name, and where the file is: "fd" (argument 0), "path" (argument 0), "at" (arguments 0 and 1)
+# call number -> (name, form of the file argument: "fd" or "path" in argument 0, "at" in arguments 0 and 1)
 CALLS = {
     **{1: ("write", "fd"), 18: ("pwrite64", "fd"), 20: ("writev", "fd"), 40: ("sendfile", "fd"), 74: ("fsync", "fd")},
     **{75: ("fdatasync", "fd"), 77: ("ftruncate", "fd"), 285: ("fallocate", "fd"), 326: ("copy_file_range", "fd out")},
@@ -176,7 +176,7 @@ class Cut:
 
 
 def not_forced(calls: list[Call]) -> set[str]:
-    """Return files with content that the disk need not have after these calls."""
+    """Return files whose content need not be on the disk after these calls."""
     paths: set[str] = set()
     for call in calls:
         if call.name in ("fsync", "fdatasync"):

@@ -1,6 +1,6 @@
 """A process that has imported everything and has no threads; each rank is forked from it.
 
-So a launch of four ranks costs no imports. `Zygote` is the tool's side; run as a script, this is the process itself.
+So a launch of four ranks imports nothing. `Zygote` is the tool's handle; run as a script, this file is the process.
 Requests and answers are JSON lines on its standard input and output. It is the parent of every rank, and ranks end
 when it ends.
 """
@@ -28,7 +28,7 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 
 
 class Zygote:
-    """Forks ranks. `environment`: for all of them from their first instruction on (LD_PRELOAD)."""
+    """Handle of the process that forks ranks. `environment` is set from the process's start on (for LD_PRELOAD)."""
 
     def __init__(self, **environment: str) -> None:
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"

@@ -15,7 +15,7 @@ VALUES: list[Any] = [
     *(None, True, 0, -1, 1e308, float("nan"), float("-inf"), 2**70, 10**30, "", "a" * 5000, "\0", "\udcff"),
     *("../../etc/passwd", "/etc/passwd", "mlm", [], {}, [[]], [0] * 300, {"": None}, "__import__('os')", "!!python/x"),
 ]
-# each would run something if anything did
+# pickles that would run code in an unsafe reader
 GADGETS = [
     b"cos\nsystem\n(S'touch /tmp/ettin-fuzz-was-here'\ntR.",
     b"cbuiltins\neval\n(S'1'\ntR.",

@@ -1,4 +1,4 @@
-"""The fuzzed readers: for each good files, which of them is damaged and how, and the call that reads everything."""
+"""The fuzzed readers. Each has valid files, the ones to damage and how, and a call that reads everything."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def make_site(folder: Path) -> list[str]:
 
 
 def read_site(folder: Path) -> None:
-    """Read it as a user config, its lines as overrides, and now and then (it is slow) as a whole run."""
+    """Read the file as a user config, its lines as overrides, and sometimes, because it is slow, as a whole run."""
     from megatron_ettin.config.overrides import read_layers
     from megatron_ettin.config.resolve import parse
 
@@ -230,7 +230,7 @@ def make_records(folder: Path) -> list[str]:
     lines = [{"step": step, "tokens": step * 100, "loss": 9.0 / step, "rows": [step, step + 8]} for step in range(1, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"common.pt": {"bytes": 3, "sha256": "a" * 64}}
-    # in a format without a digest of its own
+    # of the format whose record has no digest of itself
     files["__0_0.distcp"] = {"bytes": 40, "block_bytes": 16, "blocks": ["b" * 64] * 3}
     (folder / "integrity.json").write_text(json.dumps({"format": 1, "files": files}))
     (folder / "progress.json").write_text(json.dumps({"step": 3, "tokens": 300, "recent": [[1.0, 2.0]]}))

@@ -1,4 +1,4 @@
-"""Fuzzed readers of more than single files: runs, mixtures, datasets to copy, tokenizers, links in checkpoints."""
+"""Fuzzed readers of folders: runs, mixtures, datasets to copy, tokenizers, links in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"latest": "checkpoints/latest", "events.jsonl": "slurm/events.jsonl", "
 
 
 def make_run(folder: Path) -> list[str]:
-    """Make a run that has trained four steps. Files of its folders are stored flat; `read_run` moves them there."""
+    """Write the files of a run of four steps into one flat folder, from which `laid_out` makes a run directory."""
     from megatron_ettin.config.resolve import parse, to_yaml
 
     lines = [
@@ -155,7 +155,7 @@ def make_dataset(folder: Path) -> list[str]:
 
 
 def read_local_copy(folder: Path) -> None:
-    """Copy the files of a dataset. Nothing may end up outside of the root."""
+    """Copy the files of a dataset, and check that nothing is written outside of the root."""
     import threading
 
     from megatron_ettin.data.dataset import open_dataset

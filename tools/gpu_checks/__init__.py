@@ -1,1 +1,1 @@
-"""Sections of tools/gpu_validate.py. A promise about GPUs is an item: it passes, fails, or cannot run here."""
+"""Sections of tools/gpu_validate.py. Each promise about GPUs is an item, which passes, fails, or cannot run here."""

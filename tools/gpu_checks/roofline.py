@@ -1,4 +1,4 @@
-"""Account for a step's time: the least that each part could take by this device's rates, against the measured step.
+"""Account for a step's time: the least time of each part by this device's rates, against the measured step.
 
 The rest is launches, waiting, and work that these parts do not count.
 """
@@ -14,9 +14,9 @@ from megatron_ettin.config.flops import global_layers
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import layer_parameter_count, parameter_count
 
-# bytes a weight: adamw.py's update reads and writes 36, core clears and copies the gradient (4 + 8) and writes bf16 (2)
+# bytes a weight: adamw.py's update moves 36, core clears and copies the gradient (4 + 8) and writes bf16 (2)
 OPTIMIZER_BYTES = 50
-# times that hidden states go through memory beside what is measured: two norms and residuals, forward and backward
+# passes of hidden states through memory that are not measured: two norms and residuals, forward and backward
 NORM_PASSES = 2 * (3 + 6)
 
 

@@ -1,4 +1,4 @@
-"""Do what Megatron-LM's tools/preprocess_data.py does, which is not part of the package on PyPI, by its documentation.
+"""Do the work of Megatron-LM's tools/preprocess_data.py, as documented. That script is not in the package on PyPI.
 
 A pool of processes takes lines of JSON in groups of 32, tokenizes document by document with the Hugging Face tokenizer
 and appends the end token. The parent adds them to megatron-core's IndexedDatasetBuilder in order.

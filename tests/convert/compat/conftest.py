@@ -1,4 +1,5 @@
-"""Fixtures: the exported folders and the results of the checks in each environment, made once a session on first use."""
+"""Fixtures: the exported folders and the results of the checks in each environment, made once a session on first
+use."""
 
 from __future__ import annotations
 

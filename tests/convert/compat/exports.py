@@ -1,4 +1,5 @@
-"""Make exports by the command line from checkpoints of tiny random models, and store our own model's logits for them."""
+"""Make exports by the command line from checkpoints of tiny random models, and store our own model's logits for
+them."""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ def write_expected(target: Path, checkpoint: Path, tokenizer: Path, name: str) -
 
 
 def continued(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    """Return NEW_TOKENS greedy tokens, each computed without a cache; [SEP] is excluded, because it would end the text."""
+    """Return NEW_TOKENS greedy tokens, each computed without a cache; [SEP] is excluded, because it would end the
+    text."""
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
         last = model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids)))[-1]

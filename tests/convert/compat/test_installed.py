@@ -1,5 +1,6 @@
 """Run the checks under the project's own transformers: every check of an encoder and a decoder, generation from the
-other decoders. Also show that each check of `checks.py` and `generation.py` fails on a folder that breaks its promise."""
+other decoders. Also show that each check of `checks.py` and `generation.py` fails on a folder that breaks its
+promise."""
 
 from __future__ import annotations
 

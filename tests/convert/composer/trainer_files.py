@@ -1,4 +1,5 @@
-"""Make files like the original trainer's from models of transformers; names and surrounding state are written by hand."""
+"""Make files like the original trainer's from models of transformers; names and surrounding state are written by
+hand."""
 
 from __future__ import annotations
 
