@@ -6,9 +6,9 @@
 #   bash examples/quickstart.sh TEXT_PATH...    text files, folders or .jsonl of your own
 #   FULL=1 bash examples/quickstart.sh          about twice as long, for lower losses
 #
-# OUT (quickstart, or quickstart-full) is where everything goes, PERCENT (100) of the token budgets below, TOKENIZER a
-# folder to use instead of the small one trained here (`ettin` is the recipe's, whose 50,368 entries want far more text
-# than this), SEED another seed of weights, masks and order.
+# Environment variables: OUT is the output folder (default: quickstart, or quickstart-full). PERCENT scales the token
+# budgets below (default: 100). TOKENIZER is a folder to use instead of the small tokenizer trained here; `ettin` is the
+# recipe's, whose 50,368 entries need far more text. SEED is another seed of weights, masks and order.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

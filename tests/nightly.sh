@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What each commit's tests leave out because it installs much or takes long. docs/nightly.md names the last run.
-#   mds   shards written anew by mosaicml-streaming, in an environment of its own, and read by the tests of MDS
-#   ray   `ettin prepare --executor ray` beside one process, byte for byte
+# Run the checks that each commit's tests leave out, because they install much or take long. docs/nightly.md names the
+# last run.
+#   mds   new shards by mosaicml-streaming, in an environment of its own, read by the tests of MDS
+#   ray   `ettin prepare --executor ray` compared with one process, byte for byte
 #   kill  kill -9 of `ettin prepare` at 200 moments instead of 4
-#   transformers  exported folders under more releases of transformers, the newest that there is among them
+#   transformers  exported folders under more releases of transformers, the newest one included
 #   release  kill -9 of `ettin release` at 60 moments instead of 3
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   layouts  every layout with every option of the invariance tables (each commit: two of eight options for each)

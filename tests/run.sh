@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What a change has to pass, from a bare checkout: environment, ruff, codespell, mypy, pytest. tests/README.md describes it.
+# Check a change, from a bare checkout: environment, ruff, codespell, mypy, pytest. tests/README.md describes the tiers.
 #
-#   bash tests/run.sh                   the first tier, minutes: what to run before each commit
+#   bash tests/run.sh                   the first tier, in minutes: run it before each commit
 #   bash tests/run.sh --all             every test that belongs to a commit
 #   bash tests/run.sh --rest            what --all runs beyond the first tier
 #   bash tests/run.sh tests/report -k page    these tests, of both tiers; words that are not listed here go to pytest
 #
-#   --install-system   install Debian packages that some tests want (SLURM, Chromium, iproute2); CI=true does it too
+#   --install-system   install Debian packages that some tests need (SLURM, Chromium, iproute2); CI=true does it too
 #   --coverage         measure and print the lines of the package that the tests run, over all their processes
 #
-# WORKERS is the number of test processes: 2, or half of the processors where there are more. All checks run even where
+# WORKERS is the number of test processes, by default half of the processors and at least 2. All checks run, even if
 # an earlier one failed; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Makes an environment with another transformers beside the project's own (or reuses it) and prints its python.
+# Makes (or reuses) an environment with another transformers than the project's and prints the path of its python.
 #   oldest    the lower bound of setup.cfg
 #   newest    the version that constraints-cpu.txt pins
-#   latest    the newest that setup.cfg allows, asked of the package index anew at every call
+#   latest    the newest that setup.cfg allows; every call asks the package index
 #   4.57      the last release of a series; 4.57.1 is that release
-# Each also gets the sentence-transformers that goes with it, and what pip finds both to need. Of the project's own
-# packages it has torch and what torch needs, by links, so that no gigabyte is installed; no other, for what came with
-# one transformers may not import beside another. The links stand in a folder behind its own packages, where pip
-# replaces nothing.
-# $PYTHON names the python to build on (default: that of .venv). What is done meanwhile goes to standard error.
-# Exit status 69 where no package index answers, 1 where an installation fails for another reason.
+# Each also gets the matching sentence-transformers and the dependencies of both. Torch and its dependencies are links to
+# the project's environment, so that no gigabyte is installed. No other package of that environment is linked, because
+# packages for one transformers may not import under another. The links are in a folder that comes after the
+# environment's own packages, in which pip replaces nothing.
+# $PYTHON names the python to build on (default: that of .venv). Progress goes to standard error.
+# Exit status: 69 if no package index answers, 1 if an installation fails for another reason.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

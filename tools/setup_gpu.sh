@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs megatron_ettin for GPUs into the Python that $PYTHON names (python3), beside the torch it has: a build for CUDA,
-# which stays as it is. Transformer Engine's extension is compiled against that torch, so CUDA's compiler must be there.
-# The Dockerfile's gpu image is made by this script.
+# Installs megatron_ettin for GPUs into the Python that $PYTHON names (default: python3). That Python must have a torch
+# for CUDA, which the script does not change. Transformer Engine's extension is compiled against this torch, which needs
+# CUDA's compiler. The Dockerfile's gpu image uses this script.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes the CPU environment (or reuses it) and prints its path; what it does meanwhile goes to standard error.
-# $VENV names another place than .venv, $PYTHON another interpreter than python3 (3.11 or newer, as the pinned
-# versions want; the package itself takes 3.10).
-# A stamp with the hash of what was asked for tells a complete environment from one whose installation was cut off.
+# Makes (or reuses) the CPU environment and prints its path; progress goes to standard error.
+# $VENV names another folder than .venv, $PYTHON another interpreter than python3 (3.11 or newer, because of the pinned
+# versions; the package itself supports 3.10).
+# A stamp with a hash of the requirements is written last, so it marks a complete environment.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,7 +20,7 @@ venv=$(cd "$venv" && pwd)
 exec 9<"$venv"
 flock 9 # on the directory itself; a second caller waits here and then finds the stamp
 
-# The checkout's path counts: an editable installation points to it.
+# The hash includes the checkout's path, because an editable installation points to it.
 wanted=$({ echo "$root"; cat "$root/constraints-cpu.txt" "$root/setup.cfg"; } | sha256sum | cut -d' ' -f1)
 finish() { # on standard error how to use it, on standard output the path that scripts read
     say "ready: source $venv/bin/activate"

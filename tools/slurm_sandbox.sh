@@ -10,7 +10,7 @@
 #
 # It needs Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge; `up` names what is missing.
 # It needs no systemd and no root. As an ordinary user every daemon runs as that user, and only that user can submit.
-# Everything (config, key, sockets, logs, spool, pids) lies under STATE_DIR; /etc and /run are untouched.
+# Everything (config, key, sockets, logs, spool, pids) is under STATE_DIR; /etc and /run are untouched.
 # No CPU or memory limit is enforced.
 # All nodes have NodeAddr 127.0.0.1. The controller listens on BASE_PORT, node nK on BASE_PORT + K.
 #
@@ -20,10 +20,10 @@
 # do not resolve.
 #
 # Environment variables of `up`:
-#   UTS=0        no namespaces; UTS=1 fails where they are not possible
+#   UTS=0        no namespaces; UTS=1 fails if they are not possible
 #   GPUS=K       nodes declare K make-believe GPUs, so that --gpus-per-node=K is accepted
 #   GPU_FILES    their device files, counted from 0 (/dev/tty, say: then CUDA_VISIBLE_DEVICES is set as on a real node)
-#   ANY_ADDR=1   do not bind to loopback alone (so anyway where `hostname` does not resolve to 127.0.0.1)
+#   ANY_ADDR=1   do not bind to loopback alone (the default if `hostname` does not resolve to 127.0.0.1)
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 PACKAGES="slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
