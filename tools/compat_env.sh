@@ -4,8 +4,8 @@
 #   newest    the version that constraints-cpu.txt pins
 #   latest    the newest that setup.cfg allows; every call asks the package index
 #   4.57      the last release of a series; 4.57.1 is that release
-# Each also gets the matching sentence-transformers and the dependencies of both. Torch and its dependencies are links to
-# the project's environment, so that no gigabyte is installed. No other package of that environment is linked, because
+# Each also gets the matching sentence-transformers and the dependencies of both. Torch and its dependencies are links
+# to the project's environment, so that no gigabyte is installed. No other package of that environment is linked, because
 # packages for one transformers may not import under another. The links are in a folder that comes after the
 # environment's own packages, in which pip replaces nothing.
 # $PYTHON names the python to build on (default: that of .venv). Progress goes to standard error.
