@@ -29,8 +29,8 @@ REASONS = {
     " original decoders went back to 10,000 in their last decay",
     "model.output_bias_init": "zero predicts no token before training; the original skipped this tensor's"
     " initialisation, and torch's default stayed",
-    "batch.global_batch_rows": "2,816 packed rows of 1,024 (1,024 of 8,192) hold the tokens of 4,608 padded sequences,"
-    " about 2.84M",
+    "batch.global_batch_rows": "2,816 packed rows of 1,024 hold the tokens of 4,608 padded pre-training sequences,"
+    " about 2.84M; the later phases have 1,024 rows of 8,192, and the lengths of the original sequences are not known",
     "batch.warmup_min_rows": "only a batch warm-up reads it",
     "batch.loss_normalization": "every predicted token of a step counts the same on any layout; the original averaged"
     " the means of its micro-batches",

@@ -1,7 +1,8 @@
 """List the recipe: the published run of each size, objective and phase, and the original trainer's choices.
 
 Numbers are those of the 48 published configurations, with two differences. Packed batching has other rows than the
-published padded batching, for the same tokens per step (pretrain: 4,608 sequences of about 615 tokens, 2.84M).
+published padded batching. In pretrain they hold the same tokens per step: 4,608 sequences of about 615 tokens, 2.84M.
+The mean length of the later phases' sequences is not known; a packed step has up to 1,024 x 8,192 tokens there.
 `local_rope_theta` is the same for both objectives of a pair; ORIGINAL_LOCAL_THETA has the published values. The 1b has
 a third of the other sizes' tokens in every phase but pretrain, whose configuration has 1.7T too.
 """

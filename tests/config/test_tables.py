@@ -107,7 +107,7 @@ def test_original_local_theta_matches_the_published_runs() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("phase", PHASES)
 def test_recipe_encoder_and_decoder_share_model_optimizer_and_batch(size: str, phase: str) -> None:
-    """Packed defaults: the same tokens a step as published (2.84M at 1,024), encoder and decoder alike."""
+    """Encoder and decoder have the same packed defaults, in pretrain of the published tokens a step (2.84M)."""
     encoder, decoder = recipe(size, "mlm", phase), recipe(size, "clm", phase)
     assert encoder.model == decoder.model
     assert encoder.optim == decoder.optim
