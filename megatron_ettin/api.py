@@ -269,12 +269,15 @@ def evaluate(
         Loss, accuracy and counts, in total and in `sources` by name.
 
     Raises:
-        UserError: for an unknown objective, and data that is missing, damaged or made with another tokenizer.
+        UserError: for an unknown objective, numbers out of range, and data that is missing, damaged or made with
+            another tokenizer.
     """
     from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.evaluate import evaluation
     from megatron_ettin.evaluate.inference import open_evaluation
 
+    if rows is not None and rows < 1:
+        raise UserError(f"rows {rows}: must be at least 1")
     datasets = data if isinstance(data, Mapping) else {Path(data).name: data}
     paths = {name: str(folder) for name, folder in datasets.items()}
     with (

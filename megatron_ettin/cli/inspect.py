@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = last_phase(Path(args.path))
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
+        fault = "is a file; give a dataset, checkpoint or run directory" if path.is_file() else "no such directory"
+        raise UserError(f"{path}: {fault}")
     is_dataset = (path / "manifest.json").is_file()
     if not is_dataset and any((path / name).exists() for name in ("integrity.json", "config.yaml")):
         from megatron_ettin.report.inspection import describe, render

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DATASET", help="the dataset directory to make")
     add("--tokenizer", default="ettin", metavar="DIR|NAME", help="ettin (default), a directory or a hub name")
     add("--chunk-tokens", type=int, default=1024, metavar="N", help="longest chunk (default 1024)")
-    add("--workers", type=int, metavar="N", help="processes (default: our CPUs)")
+    add("--workers", type=int, metavar="N", help="processes (default: the CPUs that this process may use)")
     formats = "auto (default), text, jsonl, parquet, datasets, mds or indexed"
     add("--format", choices=FORMATS, default="auto", metavar="F", help=formats)
     add("--text-key", metavar="K", help="key or column of the text (default text)")

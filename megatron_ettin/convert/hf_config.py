@@ -207,4 +207,6 @@ def _global_every(config: dict[str, Any], path: Path) -> int:
     every = later[0] if later else max(len(types), 1)
     if list(types) != [_SLIDING if i % every else _FULL for i in range(int(config["num_hidden_layers"]))]:
         raise UserError(f"{path}: layer_types is no regular pattern of one global layer in {every}")
-    return every
+    given = int(config.get("global_attn_every_n_layers", every))
+    # with one global layer every longer period gives the same pattern
+    return given if not later and given > every else every

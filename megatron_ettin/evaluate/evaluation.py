@@ -125,7 +125,7 @@ def build_eval_dataset(
         UserError: the row length does not fit the model, or a dataset cannot be used.
     """
     data = train_state.config.data
-    length = seq_len or data.seq_len
+    length = data.seq_len if seq_len is None else seq_len
     if not 8 <= length <= train_state.config.model.max_position_embeddings:
         most = train_state.config.model.max_position_embeddings
         raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")

@@ -40,6 +40,12 @@ def test_hf_config_with_keys_of_4x_or_5x_reads_back_the_same(tmp_path, objective
     assert (parsed.objective, parsed.model, parsed.notes) == (objective, model, ())
 
 
+def test_hf_config_of_fewer_layers_than_a_period_reads_back_the_period(tmp_path):
+    model = dataclasses.replace(MODEL, num_layers=2)
+    assert model.global_attention_every == 3
+    assert from_hf_config(written(tmp_path, "mlm", model)).model.global_attention_every == 3
+
+
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_to_hf_config_is_read_by_installed_transformers(tmp_path, objective):
     model = dataclasses.replace(MODEL, encoder_window=32, decoder_window_keys=65, norm_eps=3e-6, init_std=0.03)

@@ -117,3 +117,9 @@ def test_describe_path_without_run_or_checkpoint_is_refused(tmp_path):
     for path, output in ((tmp_path / "no", "no such"), (tmp_path, "neither")):
         with pytest.raises(UserError, match=output):
             describe(path)
+
+
+def test_inspect_file_is_refused_as_a_file(tmp_path, capsys):
+    (tmp_path / "a.jsonl").touch()
+    assert main(["inspect", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.jsonl: is a file; give a dataset, checkpoint or run directory" in capsys.readouterr().err
