@@ -1,8 +1,9 @@
 """Use the package from scripts and notebooks through typed functions.
 
-Importing this module is cheap; a function imports what it needs when it is called. Mistakes raise `UserError` with the
-line that a command would print. Functions return the package's own objects: their documented attributes are part of
-this interface, other modules of the package are not. "Collective" functions are called by every rank at once.
+Importing this module is cheap; a function imports what it needs when it is called. Mistakes raise `UserError` with one
+line, which may name the command's option for an argument. Functions return the package's own objects: their documented
+attributes are part of this interface, other modules of the package are not. "Collective" functions are called by every
+rank at once.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ def evaluate(
     from megatron_ettin.evaluate.inference import open_evaluation
 
     if rows is not None and rows < 1:
-        raise UserError(f"rows {rows}: must be at least 1")
+        raise UserError(f"--rows {rows}: must be at least 1")
     datasets = data if isinstance(data, Mapping) else {Path(data).name: data}
     paths = {name: str(folder) for name, folder in datasets.items()}
     with (

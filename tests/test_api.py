@@ -62,13 +62,13 @@ def test_api_order_lists_the_chunks_of_the_command(
 @pytest.mark.parametrize("objective", ["nsp", "hybrid"])
 def test_api_evaluate_by_an_objective_that_rows_do_not_have_is_refused(objective: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "hf", "mlm")
-    with pytest.raises(UserError, match=rf"^--objective: '{objective}'; it is one of mlm, clm, mntp$"):
+    with pytest.raises(UserError, match=rf"^--objective: '{objective}' does not exist; it is one of mlm, clm, mntp$"):
         api.evaluate(folder, tmp_path / "nowhere", objective=objective)
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [({"rows": 0}, r"^rows 0: must be at least 1$"), ({"seq_len": 0}, r"^--seq-len 0: a row of")],
+    [({"rows": 0}, r"^--rows 0: must be at least 1$"), ({"seq_len": 0}, r"^--seq-len 0: a row of")],
 )
 def test_api_evaluate_numbers_out_of_range_are_refused(numbers: dict[str, int], message: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "hf", "mlm")

@@ -83,7 +83,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class RowObjective:
-    """How a row is read: whether attention is causal, tokens are masked, and position i predicts i + 1."""
+    """Reading of a row: whether attention is causal, tokens are masked, and position i predicts i + 1."""
 
     causal: bool
     masks: bool

@@ -199,7 +199,7 @@ ROUNDING = 0.005
 
 
 class SourceEpochs(NamedTuple):
-    """How often a run reads one dataset."""
+    """Number of times that a run reads one dataset."""
 
     dataset: str
     share: float

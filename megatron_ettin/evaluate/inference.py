@@ -70,7 +70,7 @@ def open_evaluation(
         objective = OBJECTIVES[resume.checkpoint_config(checkpoint).run.objective].row_objectives[-1]
     if objective not in ROW_OBJECTIVES:
         hint = nearest(objective, ROW_OBJECTIVES)
-        raise UserError(f"--objective: {objective!r}{hint}; it is one of {', '.join(ROW_OBJECTIVES)}")
+        raise UserError(f"--objective: {objective!r} does not exist{hint}; it is one of {', '.join(ROW_OBJECTIVES)}")
     with load_for_inference(checkpoint, objective) as train_state:
         held_out = build_eval_dataset(train_state, datasets, objective, seq_len)
         for batches in held_out.sources.values():

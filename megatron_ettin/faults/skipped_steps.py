@@ -36,7 +36,7 @@ class BadNumbersError(TrainingStoppedError):
 def handle_anomaly(run: Run, info: StepResult, anomaly: Anomaly, after: Progress) -> None:
     """Report an anomalous step, in the log, in RUN/bad_steps and in `info.extra` (collective).
 
-    If `resilience.recheck` is set, a replay check first tells bad data from faulty hardware.
+    If `resilience.recheck` is set, a replay check first separates bad data from faulty hardware.
 
     Args:
         run: the run.

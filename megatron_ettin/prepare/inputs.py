@@ -236,7 +236,7 @@ def listed_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
 
 
 def reason_of(entry: Entry, named: str | None, format_name: str) -> str:
-    """Return the reason to pass over a file. `named` is the format that its extension tells, or None."""
+    """Return the reason to pass over a file. `named` is the format that its extension names, or None."""
     if not entry.bytes:
         return EMPTY
     if named is None and is_about(base_name_of(entry)):

@@ -124,7 +124,7 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
-    """Return the sha256 of settings and inputs, which tells whether a finished dataset has the same request.
+    """Return the sha256 of settings and inputs. A finished dataset with the same hash has the same request.
 
     It covers names, formats and sizes of the inputs. It does not cover times of change, because a copy of the inputs
     makes the same dataset; `rewritten_input` compares times.

@@ -50,7 +50,7 @@ class TrainerWeights:
     dtypes: ClassVar[Collection[str]] = DTYPES.keys()
     """Names of the storage classes that can be read."""
     reads_ahead: ClassVar[bool] = False
-    """Whether threads read ahead. No: all tensors may share one storage, which each read loads whole."""
+    """False: no thread reads ahead, because all tensors may share one storage, which each read loads whole."""
 
     @property
     def path(self) -> Path:

@@ -66,7 +66,7 @@ class StopRequest:
 
 
 class AttemptResult(NamedTuple):
-    """How one run of the command ended."""
+    """Result of one run of the command."""
 
     result: str
     """done, saved, mistake (a restart would repeat it), failed or hung."""
@@ -79,7 +79,7 @@ class AttemptResult(NamedTuple):
     why: str
     """Reason why the supervisor or the ranks' watchdogs ended it; empty if it ended by itself."""
     stuck: bool
-    """Whether a step of the job is still there after it was killed."""
+    """True if a step of the job is still there after it was killed."""
 
 
 def read_heartbeat(folder: str) -> Dict[str, Any]:

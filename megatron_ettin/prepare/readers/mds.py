@@ -87,7 +87,7 @@ def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> I
 
 
 def is_id_array(encoding: str) -> bool:
-    """Return whether an encoding is an ndarray of integers, or of a dtype that only the data tells."""
+    """Return whether an encoding is an ndarray of integers, or of a dtype that is known only from the data."""
     name, _, rest = encoding.partition(":")
     dtype = rest.partition(":")[0]
     return name == "ndarray" and (not dtype or is_integer(dtype))
